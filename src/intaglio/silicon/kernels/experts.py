@@ -198,13 +198,13 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 
 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
-    """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
+    """Returns the seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
     The kernel's arithmetic is not counted. All bytes move at the lowest of these rates:
 
-    - core_rate();
-    - the L2's rate for reads by one core each: chip.l2_rate / library.l2_multicast. (chip.l2_rate counts a read once
-      for each of the l2_multicast cores that it serves.)
+    - core_rate(), the rate of all cores;
+    - chip.l2_rate / library.l2_multicast, the L2's rate if each byte is read by one core. (chip.l2_rate counts a read
+      once for each of the l2_multicast cores that it serves.)
     - HBM's rate, if the operands do not fit the usable part of the L2.
 
     Args:

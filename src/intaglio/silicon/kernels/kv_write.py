@@ -80,7 +80,7 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """Number of query heads that share one K/V head."""
+        """The number of query heads that share one K/V head."""
         return self.heads // self.kv_heads
 
     @property

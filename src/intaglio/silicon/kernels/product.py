@@ -112,21 +112,30 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
 
 
 def x_resident(target: Target, x_bytes: Any) -> Any:
-    """1.0 if the L2 still has all of a product's x, which the op before has written; else 0.0. x_bytes: bytes of x."""
+    """Returns 1.0 if the L2 still holds all of x at the start of a product, else 0.0.
+
+    The op before has just written x. x_bytes: bytes of x, a number or an array; the result has the same shape.
+    """
     return np.where(x_bytes < target.chip.l2_bytes * target.library.l2_usable * 0.6, 1.0, 0.0)
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """Sizes of a core's buffers in SRAM, as a triple (rows per drain, bytes of all stages, bytes beside operands).
+    """Returns how a core divides its SRAM: (rows per drain, bytes of all stages, bytes of a stage beside operands).
 
-    - Rows per drain: rows of a tile that move from the accumulators to SRAM at a time.
+    - Rows per drain: number of rows of a tile that move from the accumulators to SRAM at a time.
     - Bytes of all stages: a stage is a buffer for the operands of one step over K. The stages get what two tiles of
       drained rows, two rows of bias and 1,024 bytes leave, but at least a quarter of SRAM.
-    - Bytes beside operands: the part of a stage that holds scales (if x has 8 bits) and padding for alignment; at most
-      an eighth of all stages.
+    - Bytes of a stage beside operands: its scales (if x has 8 bits) and padding for alignment; at most an eighth of all
+      stages.
 
-    The three are numbers or arrays, as tm and tn are. tm, tn: rows and columns of a tile; tn counts both sides of a GLU
-    pair. glu: True for a GLU pair. x_bits: bits of a value of x.
+    The results are numbers or arrays, as tm and tn are.
+
+    Args:
+        target: the chip.
+        tm: rows of a tile.
+        tn: columns of a tile; both sides of a GLU pair.
+        glu: True for a GLU pair.
+        x_bits: bits of a value of x.
     """
     sram, columns = target.chip.sram_bytes, tn / (1 + glu)
     rows = np.clip(np.floor(sram / DRAIN_PART / (8 * columns)), 1, tm)
@@ -137,14 +146,15 @@ def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> t
 
 @dataclass(frozen=True)
 class Grouped:
-    """A grouped matrix product: a product x @ w.T for each expert, with different numbers of rows, in one kernel.
+    """A grouped matrix product: one product x @ w.T for each expert, all in one kernel, with different numbers of rows.
 
     Attributes:
-        counts: rows of each product, at least 1; len(counts) is the number of products.
-        scattered: True if rows of the result are stored by index. All bytes of such stores go to HBM, not to the L2.
-        overfetch: bytes that the kernel moves from the L2 for each byte of the weights.
-        convert_ops: operations of the vector lanes to convert one value of a weight.
-        run: number format in which the matrix array runs; "": the format of the wider operand, as the array takes it.
+        counts: number of rows of each product, at least 1.
+        scattered: True if rows of the result are stored by index. These stores go to HBM and bypass the L2.
+        overfetch: bytes that the kernel moves from the L2, divided by the bytes of the weights.
+        convert_ops: operations of the vector lanes to convert one weight.
+        run: number format in which the matrix array multiplies; "": the wider of the two operand formats, or the format
+            that the array uses for it.
     """
 
     counts: tuple[int, ...]
@@ -157,34 +167,42 @@ class Grouped:
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
                  glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
                  streamed: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Times of x [m, k] @ w.T [k, n] for every choice of tile and K split of the library, as a dict of arrays.
+    """Returns a dict of arrays: times of x [m, k] @ w.T [k, n] for each choice of tile and K split of the library.
 
-    This is the time of a library's kernels, in the loop of the instruction streams (tiled.py). product_loop.py has the
-    time of the streams themselves. For each of its tiles a core loads operands in steps over K, multiplies them, drains
-    the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at the edge are multiplied whole, since
-    they are padded. Seconds are infinite where K is split into parts of fewer than 4 steps, and where K is split
-    although there are several products.
+    This is the time of a library's kernels; product_loop.py computes the time of the instruction streams. For each of
+    its tiles a core loads operands in steps over K, multiplies them, drains the tile (moves its sums from accumulators
+    to SRAM) and stores it. Tiles at the edge are padded, and multiplied whole. A choice that is not possible has
+    infinite seconds: K is split into parts of fewer than 4 steps, or K is split although there are several products.
 
-    m, n, k: numbers or arrays [..., 1]. w_bits: bits of a weight with its scales. out_bytes: bytes of a result value.
-    glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns. resident: True if the weights were
-    prefetched, so HBM reads none. heads: number of products [m, k] @ [k, n], each with its own x and w; above 1, K is
-    not split. grouped: None, or the row counts of several products (experts); m and heads are then ignored. streamed:
-    True if the L2 keeps neither x nor the result, see hbm_traffic().
+    Args:
+        target: the chip and its kernel library.
+        m: rows of x, a number or an array [..., 1].
+        n: rows of w, a number or an array [..., 1].
+        k: columns of x and of w, a number or an array [..., 1].
+        x_format: number format of x.
+        w_format: number format of w.
+        w_bits: bits of a weight with its scales.
+        out_bytes: bytes of a value of the result.
+        glu: True if n counts both sides of a GLU pair, whose result has n / 2 columns.
+        resident: True if the weights were prefetched, so that the product reads none from HBM.
+        heads: number of products, each with its own x and w; if there are several, K is not split.
+        grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+        streamed: True if the L2 keeps neither x nor the result, see hbm_traffic().
 
-    Keys of the dict. Arrays have the choices as their last axis. A job is one tile for one part of K; it runs in steps
-    over K.
+    In the dict, the last axis of an array has one item for each choice. A job is one tile, for one part of K; it runs
+    in steps over K. The keys are:
 
     - seconds: time of the product, launch included.
-    - hbm: bytes moved from and to HBM, without those of the weights if they are resident. weights: bytes of the weights
-      that HBM delivers, or would deliver if they were not resident. moved: bytes between L2 and cores.
+    - hbm: bytes moved from and to HBM, without the weights if they are resident. weights: bytes of the weights that HBM
+      delivers, or would deliver if they were not resident. moved: bytes between L2 and cores.
     - tile: a tuple of three arrays: rows and columns of a tile, and parts of K. jobs: number of jobs.
-    - steps: steps of a job. depth: K values of a step.
+    - steps: number of steps of a job. depth: K values of a step.
     - work: seconds of one step's matmuls. drain: seconds to drain one tile.
-    - ring: steps whose operands SRAM holds at the same time. at_once: tiles whose steps a core interleaves; 1 with a
-      persistent kernel.
+    - ring: number of steps whose operands SRAM holds at the same time. at_once: number of tiles whose steps a core
+      interleaves; 1 with a persistent kernel.
     - banks: 2 if the accumulators fit two tiles of the result, else 1.
-    - run: number format in which the matrix array runs, such as "bf16"; one str for all choices.
-    - block: a tuple of two arrays: rows and columns of a block, as of block_shape().
+    - run: number format in which the matrix array multiplies, such as "bf16"; one str for all choices.
+    - block: a tuple of two arrays: rows and columns of a block of tiles, see block_shape().
     """
     how = x_format, w_format, w_bits, out_bytes, glu, resident, heads, grouped, streamed
     if not target.library.persistent:
@@ -200,7 +218,7 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     shape, seconds = found["seconds"].shape, found["seconds"].max(axis=0)
 
     def of_all(v: Any) -> Any:
-        """Of an item of `found`, the value or values for the product of all m rows."""
+        """Returns the part of `v`, an item of `found`, that is for the product of all m rows: its first item."""
         if isinstance(v, tuple):
             return tuple(of_all(one) for one in v)
         return np.broadcast_to(v, shape)[0] if isinstance(v, np.ndarray) else v
@@ -212,11 +230,11 @@ def product_times(
     target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float, glu: bool,
     resident: bool, heads: int, grouped: Grouped | None, streamed: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times of a product for every choice of tile and K split, as a dict of arrays; see time_choices().
+    """Returns the times of one product for every choice of tile and K split, as the dict that time_choices() describes.
 
-    With `grouped`, m may be an array [..., products, choices] with the rows of each product; a number is ignored, and
-    the rows are those of `grouped`. In a persistent kernel, tiles of the last round that lie at the lower edge load and
-    store only their rows.
+    With `grouped`, m may be an array [..., products, choices] with the number of rows of each product; if m is a
+    number, the numbers of rows are those in `grouped`. In a persistent kernel, tiles of the last round that lie at the
+    lower edge load and store only the rows that they have.
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
@@ -291,11 +309,12 @@ def product_times(
     port = min(chip.port_rate, shared)
 
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
-        """Seconds to load the parts of x and w for one step of the loop over K.
+        """Returns the seconds to load the parts of x and w for one step over K, as a pair.
 
-        Returns a pair: seconds while `active` cores load at once, and seconds of one core alone, which is limited by
-        the rate of its port. columns: mean columns of a tile (rows of w). rows: rows of x in a tile; 0: only w is
-        loaded.
+        The first is for `active` cores that load at the same time. The second is for one core alone, whose rate is that
+        of its port.
+
+        columns: mean number of columns of a tile (rows of w). rows: rows of x in a tile; 0: only w is loaded.
         """
         own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * fetched) * tk / 8
         mean = (rows * x_bits + columns * fetched) * tk / 8
@@ -330,10 +349,10 @@ def product_times(
     per_tile = np.maximum(np.maximum(drain, store), (half + pieces * depth_s) / 2)
 
     def end(part: Any = 1.0, height: Any = rows) -> tuple[Any, Any]:
-        """(seconds until a tile is drained, seconds until it is stored).
+        """Returns (seconds until a tile is drained, seconds until it is stored).
 
-        part: its width as a fraction of a full tile. height: its rows. A tile is drained and stored in pieces of
-        `piece` rows; the last may have fewer. A piece is drained while the piece before it is stored.
+        A tile is drained and stored in pieces of `piece` rows; the last may have fewer. A piece is drained while the
+        piece before it is stored. part: width of the tile, as a fraction of a full tile. height: rows of the tile.
         """
         one, other = drain * part * piece / rows, store * part * piece / rows
         pieces = np.ceil(height / piece)
@@ -346,22 +365,26 @@ def product_times(
         return drained, np.maximum(drained, stored(pieces - 1)) + other * last
 
     def turn_load(load_s: Any) -> Any:
-        """Seconds from the start of a stage's load until its operands are there, if they come from HBM.
+        """Returns the seconds from the start of a stage's load until its operands have arrived from HBM.
 
-        load_s: seconds of the load itself. HBM's latency follows it. But if cores share weights (in a persistent
-        kernel, if a block has several rows of tiles), the latency passes only on the core that is the first to load
-        them; for the others it passes during their loads. Cores are first in turn, so the longer of the two times
-        counts.
+        This is the load itself plus HBM's latency. If cores share weights (in a persistent kernel whose block has
+        several rows of tiles), only the first core to load them waits for the latency; the others load other data
+        meanwhile. The cores take turns in being first, so the longer of the two times counts.
+
+        load_s: seconds of the load itself.
         """
         return np.where((block[0] > 1) & lib.persistent, np.maximum(load_s, wait_s), load_s + wait_s)
 
     def product(tiles: Any, load_s: Any, alone_s: Any, start_s: Any, follows: Any = np.False_) -> Any:
-        """Seconds from the first load to the last matmul of `tiles` tiles, whose steps one core interleaves.
+        """Returns the seconds from first load to last matmul of `tiles` tiles, whose steps one core interleaves.
 
-        load_s: seconds to load one step's operands while all cores load; it limits the sum of all loads. alone_s: the
-        same while no other core loads; it limits how soon a stage (buffer of a step) can be filled again. start_s:
-        seconds until the first matmul can start. follows: True if the core has other tiles before these. Waits for free
-        stages are then not counted here.
+        Args:
+            tiles: number of tiles.
+            load_s: seconds to load one step's operands while all cores load; limits the sum of all loads.
+            alone_s: seconds to load one step's operands while no other core loads; limits how soon a stage (buffer of a
+                step) can be filled again.
+            start_s: seconds until the first matmul can start.
+            follows: True if the core has other tiles before these. Waits for free stages are then not counted here.
         """
         n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
@@ -425,19 +448,23 @@ def product_times(
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
         def in_line(load_s: Any) -> Any:
-            """Seconds of a tile's matmuls if each step's operands are loaded during the matmuls of the step before.
+            """Returns the seconds of a tile's matmuls, if a step's operands are loaded during the previous matmuls.
 
             load_s: seconds to load one step's operands.
             """
             return (steps - 1) * np.maximum(load_s, work) + np.maximum(load_s * last_part / tk, last_work)
 
         def loop(rounds: Any, load_s: Any, alone_s: Any, edges: Any) -> Any:
-            """Seconds from the start of the loop to its last matmul: the largest of three sums.
+            """Returns the seconds from the start of a core's loop over its tiles to its last matmul.
 
-            One sum has the matmuls of all tiles. One has the loads of all tiles, and the matmuls of the last. One has
-            the waits for free stages, as long as weights come from HBM. rounds: tiles of the core. load_s, alone_s:
-            seconds to load one step's operands of the last tile while all cores load, and while no other core loads.
-            edges: tiles before the last that have as few rows as it.
+            It is the largest of three sums: the matmuls of all tiles; the loads of all tiles plus the matmuls of the
+            last; and the waits for free stages as long as weights come from HBM.
+
+            Args:
+                rounds: number of tiles of the core.
+                load_s: seconds to load one step's operands of the last tile while all cores load.
+                alone_s: seconds to load one step's operands of the last tile while no other core loads.
+                edges: number of tiles before the last that have as few rows as the last.
             """
             last_s = product(1, load_s, alone_s, load_s * part + wait_s, rounds > 1)
             odd = (rounds - 1) % 2
@@ -481,9 +508,9 @@ def product_times(
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
     def transfers(read: Any, last_out: Any) -> Any:
-        """Seconds in which HBM moves `read` bytes, and the bytes of the stores that compete with these reads.
+        """Returns the seconds in which HBM moves `read` bytes, and the bytes of stores that compete with these reads.
 
-        last_out: fraction of the stored bytes that do not compete, since they are stored after the last load.
+        last_out: fraction of the stored bytes that are stored after the last load and so do not compete with reads.
         """
         competing = 1 - last_out
         if lib.persistent:
@@ -518,7 +545,10 @@ def product_times(
         idle = in_step * groups * (wait_s + last_work + all_end)
 
     def to_last_step(loads_s: Any) -> Any:
-        """Seconds until a core's last step over K can begin its matmuls, if loads from HBM take `loads_s` in total."""
+        """Returns the seconds until a core can begin the matmuls of its last step over K.
+
+        loads_s: seconds of all loads from HBM.
+        """
         a_step = loads_s / (rounds * job_steps)
         # The last step's load may be shorter than the matmuls of the step before
         later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - a_step * last_part / tk), 0)
@@ -556,17 +586,28 @@ def linear_timing(
     out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
     prefetched: bool = False, streamed: bool = False,
 ) -> Timing:  # fmt: skip
-    """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
+    """Returns the Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: bits of `w_format`. out_bytes: bytes per result value. glu: True if n
-    counts both sides of a GLU pair. resident: True if the L2 holds the weights, so they are not read from HBM.
-    grouped: None, or the row counts of several products (experts); m and heads are then ignored. prefetched: True if
-    HBM delivers the weights during earlier ops. streamed: True if the L2 keeps neither x nor the result, as in a
-    benchmark that repeats a product larger than the L2.
+    If `prefetched` is set, the `seconds` of the Timing do not include the loads of weights, while its `hbm_bytes` do.
+    The choice is then the one with the smallest maximum of these seconds and HBM's time for all bytes. Among equal
+    choices, the one with the fewest seconds is taken.
 
-    With prefetched, the seconds of the Timing are those with resident weights, and its hbm_bytes include the weights.
-    The fastest choice is then the one for which the longer of two times is shortest: its seconds, and HBM's time for
-    all its bytes. Of equal choices, the one with the fewest seconds is taken.
+    Args:
+        target: the chip and its kernel library.
+        m: rows of x.
+        n: rows of w.
+        k: columns of x and of w.
+        x_format: number format of x.
+        w_format: number format of w.
+        w_bits: bits per weight with its scales; 0: the bits of `w_format`.
+        out_bytes: bytes of a value of the result.
+        glu: True if n counts both sides of a GLU pair.
+        resident: True if the L2 holds the weights, so that they are not read from HBM.
+        heads: number of products, each with its own x and w.
+        grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+        prefetched: True if the weights are loaded from HBM during earlier ops.
+        streamed: True if the L2 keeps neither x nor the result, as in a benchmark that repeats a product larger than
+            the L2.
     """
     chip = target.chip
     w_bits = w_bits or formats.bits(w_format)
@@ -595,12 +636,15 @@ def linear_timing(
 
 
 def scale_group(tensor: Tensor) -> int:
-    """Number of columns of a row of a weight that share a scale; 0 if it has no scales. Of fp8row it is all columns."""
+    """Returns how many consecutive weights of a row share one scale; 0 if the weight tensor has no scales.
+
+    For the format fp8row it is the whole row.
+    """
     k = int(tensor.shape[-1])
     return k if tensor.format == "fp8row" else formats.get(tensor.format).group_of(k)
 
 
 def bits_per_value(tensor: Tensor) -> float:
-    """Number of bits per value of a weight, scales included; may be a fraction."""
+    """Returns the number of bits per value of a weight tensor, scales included; it may be a fraction."""
     rows, cols = prod(int(d) for d in tensor.shape[:-1]), int(tensor.shape[-1])
     return formats.get(tensor.format).nbytes(rows, cols) * 8 / (rows * cols)

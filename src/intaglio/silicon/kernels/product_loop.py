@@ -23,15 +23,15 @@ PARTS = 8  # HBM's bytes of a transfer are rounded to such parts of its size
 
 
 def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> tuple[float, float]:
-    """The time of a product's streams, as a pair (seconds, fraction of the stored bytes that has left the L2).
+    """Returns (seconds of a product's streams, fraction of the stored bytes that the L2 has written back to HBM).
 
     The seconds are from the first load to the last store, without launch overhead. The fraction is 1.0 on a chip
     without an L2.
 
     Args:
         target: chip and kernel library.
-        loop: what the jobs have in common.
-        jobs: the jobs of all cores, in the order in which they are dealt to them.
+        loop: properties that all jobs share.
+        jobs: the jobs of all cores, in the order in which they are dealt to the cores.
     """
     steps = ProductSteps(loop, target, jobs)
     cores = [_Cores(steps.of(mine)) for mine in situations(target.chip.cores, jobs)]
@@ -42,20 +42,22 @@ def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> t
 
 @dataclass(eq=False, slots=True)
 class _Cores:
-    """Cores in the same situation, followed as one: what each does, and when. Times are seconds since the start.
+    """State of a group of cores that do the same work at the same times, and so are modelled as one core.
+
+    All times are in seconds since the start of the product.
 
     Attributes:
-        of: the number of cores, their steps and pieces.
+        of: the number of cores in the group, and the steps and pieces of each core.
         loaded: number of loads of the current step that have ended.
-        visible: for each step loaded so far, when its operands can be used.
-        latest: when the operands of the latest load can be used.
-        products: for each step computed so far, when its matmuls end.
-        done: {number of a job: when its product is computed}.
-        drained: for each piece drained so far, when it is in SRAM.
-        free: for each job drained so far, when its accumulators are free.
-        stored: for each piece stored so far, when its store has ended.
-        lanes: when the vector lanes are free.
-        loading, storing: True while a transfer is in flight.
+        visible: for each step loaded so far, the time from which its operands can be used.
+        latest: the time from which the operands of the latest load can be used.
+        products: for each step computed so far, the time at which its matmuls end.
+        done: {number of a job: the time at which its product is computed}.
+        drained: for each piece drained so far, the time at which it is in SRAM.
+        free: for each job drained so far, the time at which its accumulators are free.
+        stored: for each piece stored so far, the time at which its store has ended.
+        lanes: the time at which the vector lanes are free.
+        loading, storing: True while a load, or a store, is in flight.
         alarm: the next time at which a transfer may begin; inf if it is not known.
     """
 
@@ -76,14 +78,14 @@ class _Cores:
 
 @dataclass(slots=True)
 class _Flows:
-    """Transfers in flight that have the same rate: for each of their bytes HBM moves the same number of bytes.
+    """The transfers in flight that run at the same rate, because HBM moves the same number of bytes per byte of each.
 
     Attributes:
-        moved: bytes that a transfer has moved that was in flight from the beginning.
-        rate: bytes/s of each transfer now.
-        ends: a heap of transfers, each a tuple: value of `moved` at which it ends; its number; its cores; True for a
-            store; number of its cores whose bytes the L2 lacks; seconds from its end until its result can be used; when
-            the blocks have arrived that other cores fetch.
+        moved: bytes that each of them would have moved if it had been in flight since these transfers began.
+        rate: current rate of each transfer in bytes/s.
+        ends: a heap with a tuple for each transfer: the value of `moved` at which it ends; its number; its cores; True
+            for a store; how many of its cores access bytes that the L2 lacks; seconds from its end until its result can
+            be used; the time at which blocks that other cores fetch have arrived.
     """
 
     moved: float = 0.0
@@ -92,7 +94,7 @@ class _Flows:
 
 
 class _Loop:
-    """The loop of all cores over their jobs: the time, what the L2 holds, and the transfers in flight."""
+    """Model of all cores computing their jobs: the current time, the contents of the L2, the transfers in flight."""
 
     def __init__(self, loop: ProductLoop, target: Target, l2: L2Blocks, cores: list[_Cores]) -> None:
         self.stages, self.scattered = loop.cut.stages * loop.sides, loop.scattered
@@ -104,7 +106,7 @@ class _Loop:
         self.alarms: list[tuple[float, int, _Cores]] = []
 
     def run(self) -> float:
-        """Follow the loop to its end. Returns the seconds until the last store has ended."""
+        """Run the model to its end. Returns the time at which the last store ends, in seconds since the start."""
         for core in self.cores:
             self.advance(core)
         chip = self.chip
@@ -136,11 +138,16 @@ class _Loop:
     def begin(
         self, core: _Cores, size: float, store: bool, missing: float, missed: float, latency_s: float, ready: float
     ) -> None:
-        """Begin a transfer of `size` bytes for each of the cores `core`. Returns nothing.
+        """Begin a transfer of `size` bytes on each core of the group `core`. Returns nothing.
 
-        store: True for a store, False for a load. missing: number of the cores whose bytes the L2 lacks. missed: bytes
-        that HBM moves for each byte of the transfer. latency_s: seconds from the end of a load until its operands can
-        be used. ready: when the blocks have arrived that other cores fetch.
+        Args:
+            core: the group of cores.
+            size: bytes that each core transfers.
+            store: True for a store, False for a load.
+            missing: how many of the cores access bytes that the L2 lacks.
+            missed: bytes that HBM moves per byte of the transfer.
+            latency_s: seconds from the end of a load until its operands can be used.
+            ready: the time at which blocks that other cores fetch have arrived.
         """
         flow = self.flows[missed]
         self.number += 1
@@ -149,7 +156,7 @@ class _Loop:
         self.missing += missing
 
     def end(self, flow: _Flows) -> _Cores:
-        """End the transfer of `flow` that is the first to end. Returns its cores."""
+        """End the first transfer of `flow` to finish, at the current time. Returns the group of cores that made it."""
         _, _, core, store, missing, latency_s, ready = heapq.heappop(flow.ends)
         self.users -= core.of.count
         self.missing -= missing
@@ -170,9 +177,9 @@ class _Loop:
         return core
 
     def advance(self, core: _Cores) -> None:
-        """Work out the matmuls and drains whose operands' times are known, and begin the transfers that can begin.
+        """Compute the times of all matmuls and drains that are known by now. Begin the transfers that can begin now.
 
-        Returns nothing. For a transfer that can begin later, core.alarm is set.
+        Returns nothing. If a transfer can begin later, core.alarm is set to that time.
         """
         while self.multiply(core) or self.drain(core):
             pass
@@ -195,7 +202,7 @@ class _Loop:
             heapq.heappush(self.alarms, (alarm, self.number, core))
 
     def multiply(self, core: _Cores) -> bool:
-        """Add to core.products the times of matmuls that can be worked out now. Returns True if there are any."""
+        """Append to core.products the end times of the matmuls that are known by now. Returns True if there are any."""
         before, products, accs = len(core.products), core.products, self.cut.at_once * self.cut.banks
         while len(products) < len(core.visible):
             step = core.of.steps[len(products)]
@@ -210,7 +217,7 @@ class _Loop:
         return len(products) > before
 
     def drain(self, core: _Cores) -> bool:
-        """Add to core.drained the times of drains that can be worked out now. Returns True if there are any.
+        """Append to core.drained the end times of the drains that are known by now. Returns True if there are any.
 
         SRAM holds two pieces, so a drain waits until the piece before the last has been stored.
         """
@@ -226,10 +233,10 @@ class _Loop:
         return len(drained) > before
 
     def load_begins(self, core: _Cores) -> float:
-        """The earliest time at which the next load of these cores may begin, in seconds; inf if it is not known yet.
+        """Returns the earliest time in seconds at which these cores can begin their next load; inf if not yet known.
 
-        A step's first load waits until SRAM has a free stage and, if the step is fenced, for the stores of earlier
-        jobs.
+        The first load of a step waits until SRAM has a free stage (buffer of a step). If the step is fenced, it also
+        waits for the stores of all earlier jobs.
         """
         if core.loaded:
             return 0.0
@@ -256,7 +263,8 @@ class _Loop:
     def load(self, core: _Cores) -> None:
         """Begin the next load of these cores. Returns nothing.
 
-        Loads of a step that the L2 has, and without an L2 all loads of a step, are one transfer.
+        Consecutive loads of a step whose data the L2 has are one transfer. Without an L2, all loads of a step are one
+        transfer.
         """
         loads, n = core.of.steps[len(core.visible)].loads, core.of.count
         if not self.chip.l2_bytes:

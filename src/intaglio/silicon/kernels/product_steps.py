@@ -26,19 +26,19 @@ RANKS = 3  # of cores that begin with the same weights, so many are followed apa
 
 @dataclass(frozen=True, kw_only=True)
 class ProductLoop:
-    """What the jobs of a product, or of several products, have in common.
+    """Properties that all jobs of a matrix product, or of several products in one kernel, share.
 
     Attributes:
         cut: sizes of tiles, steps and buffers.
-        x_format, w_format: formats of the operands.
-        group: columns of a row of w that share a scale; 0: w has no scales.
-        span: columns of a row of x that share a scale; 0: x has no scales.
+        x_format, w_format: number formats of x and of w.
+        group: number of consecutive weights of a row of w that share a scale; 0: w has no scales.
+        span: number of consecutive values of a row of x that share a scale; 0: x has no scales.
         sides: 2 for a GLU pair, else 1.
-        drains: drains of a tile: 1, or 2 if the sides of a GLU pair are stored apart.
+        drains: how often a tile is drained: 1, or 2 if the sides of a GLU pair are stored apart.
         out_bytes: bytes of a value of the result.
-        scattered: True if rows of the result are stored by index. Their bytes go to HBM, not to the L2.
-        before: bytes that the L2 has read, just before, for each byte of x that was then written; 0: x was not written
-            but read.
+        scattered: True if rows of the result are stored by index. These stores go to HBM and bypass the L2.
+        before: bytes that the kernel before the product read through the L2, divided by the bytes of x that it wrote;
+            0: no kernel has just written x.
     """
 
     cut: Tiling
@@ -54,12 +54,17 @@ class ProductLoop:
 
 
 def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
-    """The cores with jobs, as lists of the numbers of cores that are in the same situation. Jobs are dealt in turn.
+    """Returns lists of core numbers. The cores of a list do equal work at the same times, and are modelled as one core.
 
-    Cores in the same situation have jobs of the same sizes. In each round, as many earlier cores (at most RANKS) load
-    the same weights as they do. Their numbers are all even or all odd, since every second core loads x before w. In a
-    product of more than MANY steps it is enough that they have the same number of jobs, and the same number of earlier
-    cores in the first round. In one of at most FEW steps each core is by itself, which is exact.
+    Jobs are dealt to the cores in turn. In a product of at most FEW steps each core has a list of its own, which is
+    exact. Otherwise the cores of a list have these things in common:
+
+    - Their jobs have the same sizes.
+    - In each round, the same number of earlier cores (counted up to RANKS) load the same weights as they do.
+    - Their numbers are all even or all odd, since every second core loads x before w.
+
+    In a product of more than MANY steps, the first two conditions are weaker: they have the same number of jobs, and
+    the same number of earlier cores in the first round.
     """
     steps = sum(len(job.steps) for job in jobs)
     if steps <= FEW:
@@ -84,13 +89,13 @@ def situations(cores: int, jobs: Sequence[Job]) -> list[list[int]]:
 
 
 def length(part: slice) -> int:
-    """Number of items in a slice of step 1."""
+    """Returns the number of integers in a slice start:stop, stop - start."""
     return part.stop - part.start
 
 
 @dataclass(slots=True)
 class Load:
-    """A load that some cores in the same situation have, each for its own data.
+    """One load that each core of a group makes; each core may load its own data.
 
     Attributes:
         size: bytes that each core loads.
@@ -105,15 +110,16 @@ class Load:
 
 @dataclass(slots=True)
 class Step:
-    """A step over K of a job; for a GLU pair, of one side.
+    """One step over K of a job: the loads of its operands, and its matmuls. Each side of a GLU pair has its own Step.
 
     Attributes:
         job: number of the job on its core.
-        loads: its loads, in order.
+        loads: the step's loads, in order.
         work_s: seconds of its matmuls.
-        first, last: True for the first and the last step of the job.
+        first, last: True for the first and the last Step of the job.
         fenced: True if its loads wait for all stores of earlier jobs.
-        shared: True if its first load is x for both sides of a GLU pair, so its stage is free after the second side.
+        shared: True if its first load is the x of both sides of a GLU pair, so that its SRAM buffer is free only after
+            the second side.
     """
 
     job: int
@@ -127,7 +133,7 @@ class Step:
 
 @dataclass(slots=True)
 class Piece:
-    """Rows of a job's result that are drained and stored together.
+    """Some rows of a job's result that are drained (moved from accumulators to SRAM) and stored together.
 
     Attributes:
         job: number of the job on its core.
@@ -144,10 +150,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class CoreSteps:
-    """What each of some cores in the same situation does.
+    """The work of each core in a group of cores that do the same work at the same times.
 
     Attributes:
-        count: number of these cores.
+        count: number of cores in the group.
         steps: the steps of each core, in order.
         pieces: the pieces of results that each core drains and stores, in order.
     """
@@ -158,10 +164,13 @@ class CoreSteps:
 
 
 class ProductSteps:
-    """Lists what the cores do in a product (its jobs), and what the L2 holds before the product.
+    """Lists the loads, matmuls and stores of each core in a matrix product, and models the L2 at its start.
 
-    loop: properties that all jobs of the product share. target: chip and kernel library. jobs: all jobs (tiles of the
-    result, for one part of K), in the order in which they are dealt to the cores.
+    Args:
+        loop: properties that all jobs of the product share.
+        target: chip and kernel library.
+        jobs: all jobs in the order in which they are dealt to the cores. A job is one tile of the result, for one part
+            of K.
     """
 
     def __init__(self, loop: ProductLoop, target: Target, jobs: Sequence[Job]) -> None:
@@ -173,15 +182,20 @@ class ProductSteps:
         self.places: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
 
     def key(self, of: str, index: int, start: int) -> int:
-        """The key of an operand's first block in the L2; its blocks of later steps have the keys that follow.
+        """Returns the key of the L2 block that holds an operand's rows from `start` on, for the first step over K.
 
-        of: name of the operand, such as "x" or "w scale". index: number of the job's part of K, expert or head. start:
-        the operand's first row.
+        The blocks of later steps have the keys that follow.
+
+        of: name of the operand, such as "x" or "w scale". index: number of the part of K, of the expert or of the head.
+        start: number of the first row.
         """
         return self.keys.setdefault((of, index, start), len(self.keys) << 20)
 
     def l2(self) -> L2Blocks:
-        """The L2Blocks at the start of the product, which hold x as far as it fits; nothing on a chip without an L2."""
+        """Returns an L2Blocks that models the L2 at the start of the product: it holds x, as far as x fits.
+
+        On a chip without an L2 it holds nothing.
+        """
         loop, chip = self.loop, self.target.chip
         xs = {(job.rows.start, job.index): job for job in self.jobs}
         ws = {(job.columns.start, job.index): job for job in self.jobs}
@@ -211,9 +225,9 @@ class ProductSteps:
         return l2
 
     def work_s(self, step: slice) -> float:
-        """Seconds of a step's matmuls for one side of a GLU pair: one matmul for each scale of w in the step.
+        """Returns the seconds of a step's matmuls, for one side of a GLU pair.
 
-        step: the step's columns of x.
+        There is one matmul for each group of columns of w that share a scale. step: the step's slice of K.
         """
         loop, group, n = self.loop, self.loop.group, length(step)
         first = step.start % group if group else 0
@@ -227,9 +241,10 @@ class ProductSteps:
         return self.works[first, n]
 
     def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
-        """For each step of a job: (number of the block in the L2 that x or w has there, bytes of a row in the block).
+        """Returns for each step of a job: (number of the operand's block in the L2, bytes of each row in this block).
 
-        A step whose lines earlier steps have loaded has the block of the step before, and 0 bytes. of: "x" or "w".
+        If earlier steps have loaded all cache lines of a step, its item is the block of the step before and 0 bytes.
+        of: name of the operand, "x" or "w".
         """
         place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
         if place not in self.places:
@@ -241,23 +256,27 @@ class ProductSteps:
         return self.places[place]
 
     def load(self, rows: int, bits: int, step: slice, block: tuple[int, float], bases: Sequence[int]) -> Load:
-        """The Load of one step's rows of x or of w.
+        """Returns the Load of one step's part of x or of w.
 
         Args:
-            rows: number of rows.
+            rows: number of rows that a core loads.
             bits: bits of a value.
-            step: the step's columns.
-            block: the step's item of blocks().
-            bases: for each core, the key of the operand's first block, see key(); each key once.
+            step: the step's slice of K.
+            block: the item of blocks() for this step.
+            bases: keys of the first blocks of the operand that the cores load, see key(); each key once.
         """
         return Load(rows * length(step) * bits / 8, rows * block[1], [base + block[0] for base in bases])
 
     def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[list[Load]]]:
-        """Yield for each step of a job the Loads before the first side's matmul, and those before the second side's.
+        """Yields for each step of a job a list of lists of Loads, one for each side of a GLU pair.
 
-        Both are lists, in the order in which a core makes the loads; without a GLU pair there is only the first. same:
-        the jobs that the cores in the same situation have at this time. w_first: True if w is loaded before x. started:
-        False for the first job of a core, which begins with w in any case.
+        The first list has the Loads before the first side's matmul, the second those before the second side's. Without
+        a GLU pair there is only the first. Loads are in the order in which a core makes them.
+
+        Args:
+            same: the jobs that the cores of a group compute at this time.
+            w_first: True if w is loaded before x.
+            started: False for the first job of a core, which loads w first in any case.
         """
         loop, job, scale = self.loop, same[0], range(0)
         rows, columns = length(job.rows), length(job.columns)
@@ -284,7 +303,10 @@ class ProductSteps:
             started = True
 
     def of(self, mine: Sequence[int]) -> CoreSteps:
-        """The CoreSteps of cores in the same situation. mine: the numbers of these cores."""
+        """Returns the CoreSteps of a group of cores: their number, and the steps and pieces of each.
+
+        mine: the numbers of these cores, which do the same work at the same times.
+        """
         loop, cores, fences = self.loop, self.target.chip.cores, not self.target.library.persistent
         made = CoreSteps(len(mine), [], [])
         rounds = list(zip(*(self.jobs[core::cores] for core in mine), strict=True))
@@ -313,7 +335,7 @@ class ProductSteps:
         return made
 
     def pieces(self, number: int, rows: int, columns: int) -> list[Piece]:
-        """A list of the Pieces in which a job's result is drained and stored.
+        """Returns a list of Pieces: the parts in which a job's result is drained to SRAM and stored.
 
         number: number of the job on its core. rows, columns: size of the result.
         """

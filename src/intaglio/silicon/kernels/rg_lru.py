@@ -23,7 +23,7 @@ RATE, GATED = postfix("softplus(a) * -8.0"), postfix("sigmoid(a + b) * c")
 @chip_kernel(RgLru)
 @dataclass(frozen=True)
 class RgLruKernel(SequenceKernel):
-    """Chip kernel of `rg_lru`. A block of rows takes one Map instruction for each of the two gates, and one Scan."""
+    """Chip kernel of `rg_lru`. It has two Map instructions (one per gate) and one Scan for each block of rows."""
 
     @classmethod
     def of(cls, op: RgLru, t: Tensors) -> Self:  # type: ignore[override]

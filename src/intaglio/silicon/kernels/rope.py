@@ -22,7 +22,7 @@ FREQUENCY_BYTES = POSITION_BYTES = 4
 @chip_kernel(Rope)
 @dataclass(frozen=True)
 class RopeKernel(RowsKernel):
-    """Chip kernel of `rope`, row by row; each core loads the frequencies once."""
+    """Chip kernel of `rope`. It rotates one row of x after the other; each core loads the frequencies once."""
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         return float(vector_cycles(chip, 3 * n, 2 * self.vector_bytes / FREQUENCY_BYTES))

@@ -23,15 +23,15 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(Route)
 @dataclass(frozen=True)
 class RouteKernel(RowsKernel):
-    """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights.
+    """Chip kernel of `route`. For each row of logits it computes the top-k experts and their weights.
 
     Attributes:
-        searches: how many times a row is searched for its largest value. It is `top`; if experts are in groups,
-            `top` + op.group_best, since op.group_best searches of the row rate the groups.
-        top, score, groups, kept_groups, normalise: the op's fields of these names.
+        searches: how many times a row is searched for its largest value. It is `top`, or `top` + op.group_best if
+            experts are in groups, since groups are rated by op.group_best searches of the row.
+        top, score, groups, kept_groups, normalise: the fields of the same names of the op.
         biased: True if the op adds a bias to the scores by which experts are chosen.
         factored: True if the op multiplies the weight of each chosen expert by a factor of the expert (op.factors).
-        listed: True if a table lists the experts of each token. Nothing is searched then.
+        listed: True if a table lists the experts of each token. Then no row is searched.
     """
 
     top: int = 1
@@ -84,13 +84,12 @@ class RouteKernel(RowsKernel):
         return target.chip.constants.hbm_latency_s * self.listed
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """The Timing of a step, as of any RowsKernel, with two additions if a table lists the experts of each token.
+        """Returns the Timing of the op in a step: the time model of RowsKernel, with additions if `listed` is set.
 
-        They are:
+        If a table lists the experts of each token, these are added:
 
-        - Seconds: HBM's latency, since a core needs the ids of its tokens before it can load their rows of the table.
-        - HBM bytes, on a chip with an L2: the table's rows, which come from HBM. Without an L2 they are counted
-          already.
+        - seconds: HBM's latency, since a core needs the ids of its tokens before it can load their rows of the table.
+        - HBM bytes: the table's rows, on a chip with an L2. Without an L2 they are counted already.
         """
         timing, chip = super().time(target, sizes, prefetched), target.chip
         if not (self.listed and timing.seconds):

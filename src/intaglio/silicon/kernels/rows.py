@@ -31,9 +31,10 @@ ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
 def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing:
-    """The Timing of `loop`, launch included. source: where the operands are before the loop, see L2.
+    """Returns the Timing of a kernel that runs the TileLoop `loop` on all cores, launch included.
 
-    On a chip without an L2 all operands and results are in HBM.
+    source: where the operands are before the loop, see the class L2. On a chip without an L2 all operands and results
+    are in HBM.
     """
     chip, lib, moved = target.chip, target.library, loop.jobs * (loop.load + loop.store)
     if chip.l2_bytes * lib.l2_usable:
@@ -48,14 +49,15 @@ def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing
 
 
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
-    """Number of tiles in each of a core's circular buffers: enough that loads in flight hide HBM's latency.
+    """Returns the number of tiles in each circular buffer of a core, chosen so that loads in flight hide HBM's latency.
 
-    The result is 2 to MOST_TILES. If SRAM does not have room for so many, it is the number that fits, but at least 1.
+    It is at least 2 and at most MOST_TILES. If SRAM does not fit so many tiles, it is the number that fits, but at
+    least 1.
 
     Args:
         target: the chip.
         columns: for each buffer, the columns of its tiles; a tile is one row of FP32 values.
-        load: bytes that a core loads for one tile.
+        load: bytes that a core loads for one tile of each buffer.
         held: bytes of SRAM already in use.
     """
     chip = target.chip
@@ -67,16 +69,16 @@ def ring_depth(target: Target, columns: Sequence[int], load: float, held: float 
 
 @dataclass(frozen=True)
 class RowsKernel(ChipKernel):
-    """Base class of chip kernels that work row by row. Subclasses may override cycles(), columns() and other methods.
+    """Base class of chip kernels that process one row of a matrix at a time. Subclasses override cycles() and others.
 
     Attributes:
-        rows: rows of each matrix, a number or a symbol.
+        rows: number of rows of each matrix, or the symbol that stands for it.
         width: columns of each matrix.
         operands: number of matrices [rows, width] that the op uses. One is written; the others are read. A count of 1
             stands for one read and one write.
         vector_bytes: bytes of operands with one row, such as a norm's weight, which every core loads once.
-        source: where the operands are before the op, and if they are read by index; see L2.
-        in_place: True if a row is stored from the tile into which it was loaded.
+        source: where the operands are before the op, and whether their rows are read by index; see the class L2.
+        in_place: True if a row is stored from the SRAM tile into which it was loaded.
     """
 
     rows: int | str
@@ -98,18 +100,21 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """Widths of the SRAM tiles of one row, as a tuple with the number of FP32 columns of each tile.
+        """Returns the number of FP32 columns of each SRAM tile that a core needs for one row, as a tuple.
 
-        The base class returns one self.width for each operand, and at least two of them.
+        The base class returns self.width once for each operand, and at least twice.
         """
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
-        """Number of jobs into which one row is divided, each with an equal part of its columns."""
+        """Returns the number of equal column ranges into which a row is divided. Each range is one job of a core."""
         return 1
 
     def pieces(self) -> tuple[float, ...]:
-        """Sizes of the pieces in which a core processes a job's columns, as fractions of the columns that sum to 1."""
+        """Returns the sizes of the pieces in which a core loads and stores the columns of one unit of work.
+
+        Sizes are fractions of these columns; their sum is 1. The base class returns one piece.
+        """
         return (1.0,)
 
     def loaded(self) -> tuple[float, ...]:
@@ -121,52 +126,52 @@ class RowsKernel(ChipKernel):
         return ()
 
     def in_runs(self) -> bool:
-        """True: each core has a run of neighbouring rows, whose indices it loads first. False: rows are dealt in turn.
+        """True if each core gets consecutive rows, and first loads their indices; False if rows are dealt in turn.
 
-        The base class returns True if rows are read by index.
+        The base class returns True if the op reads rows by index.
         """
         return self.source in BY_INDEX
 
     def wait_s(self, target: Target) -> float:
-        """Minimum seconds from the end of a job's loads until it can compute; the base class returns 0.
+        """Returns the minimum seconds between the end of a row's loads and the start of its computation.
 
-        It is HBM's latency for an op that has some of its bytes only in HBM, never in the L2.
+        The base class returns 0. An op returns HBM's latency if some of its bytes are never in the L2.
         """
         return 0.0
 
     def held_bytes(self) -> float:
-        """Bytes of SRAM that hold the same operands from a core's first job to its last, such as a norm's weight."""
+        """Returns the bytes of SRAM for operands that a core keeps for all its rows, such as a norm's weight."""
         return self.vector_bytes + (INDICES_SRAM if self.in_runs() else 0)
 
     def depth(self, target: Target) -> int:
-        """Number of tiles in each of a core's circular buffers for this op; see ring_depth()."""
+        """Returns the number of tiles in each circular buffer of a core, as ring_depth() chooses it for this op."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        """Number of cycles of one core's vector lanes for n values of a row.
+        """Returns the cycles in which the vector lanes of one core compute `n` values of a row.
 
         The base class counts one operation per value. Subclasses whose ops need more override this method.
         """
         return float(vector_cycles(chip, n))
 
     def read_cycles(self, chip: ChipSpec, n: int) -> float:
-        """Number of a row's compute cycles until its operands' tiles have been read, and are free for the next loads.
+        """Returns the cycles from the start of a row's computation until its input tiles are free for the next loads.
 
-        The base class returns all of the row's cycles(). n: number of values of a row.
+        The base class returns all cycles() of the row. n: number of values of a row.
         """
         return self.cycles(chip, n)
 
     def load_bytes(self, library: KernelLibrary) -> float:
-        """Bytes that a core loads for one row of the op.
+        """Returns the bytes that a core loads for one row of the op.
 
-        The base class counts a row of `width` activations of each operand. Subclasses may override this.
+        The base class counts `width` activations for each operand that is read. Subclasses may override this.
         """
         return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
 
     def store_bytes(self, library: KernelLibrary) -> float:
-        """Bytes that a core stores for one row of the op. The base class counts `width` activations."""
+        """Returns the bytes that a core stores for one row of the op. The base class counts `width` activations."""
         return float(self.width * library.activation_bytes)
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
@@ -188,7 +193,7 @@ class RowsKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class CopyKernel(RowsKernel):
-    """Base class of row kernels that compute nothing: each row is stored from the tile into which it was loaded."""
+    """Base class of row kernels that only copy: each row is stored from the SRAM tile into which it was loaded."""
 
     in_place = True
 
@@ -203,7 +208,7 @@ class CopyKernel(RowsKernel):
 
 
 def vector_bytes(t: Tensor) -> float:
-    """Bytes that an operand with one row, such as a norm's weight, takes in SRAM.
+    """Returns the bytes that an operand with one row, such as a norm's weight, takes in SRAM.
 
     The operand is kept in its own format if this is a plain one (formats.PLAIN), and in FP32 if it is quantised.
     """
@@ -212,7 +217,7 @@ def vector_bytes(t: Tensor) -> float:
 
 
 def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Sequence[int], body: Any) -> list[Stream]:
-    """A list of Streams, one for each core with work, that process `rows` rows one at a time.
+    """Returns a list of Streams, one for each core with work, that process `rows` rows one at a time.
 
     A job is one row, or one of the kernel.parts() column ranges into which a row is divided.
 
@@ -221,10 +226,10 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
         op: the op.
         kernel: the op's kernel, which gives the number of column ranges and the number of tiles in a ring.
         rows: number of rows.
-        columns: for each ring (circular SRAM buffer of f32 tiles), the number of columns of a whole row. The last one
-            is the width that is divided into column ranges. A tile has at most as many columns as a range.
-        body: called to emit the instructions of one job, as body(builder, list of rings, slice of one row, slice of the
-            job's columns). The last is slice(None) if kernel.in_runs().
+        columns: for each ring (circular SRAM buffer of f32 tiles), the number of columns of a whole row. The last
+            number is the width that is divided into column ranges. No tile is wider than a range.
+        body: function that emits the instructions of one job. It is called as body(builder, list of rings, slice of one
+            row, slice of the job's columns). The last argument is slice(None) if kernel.in_runs().
     """
     parts = kernel.parts()
     step = -(-columns[-1] // parts)
@@ -244,14 +249,15 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
 
 
 def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
-    """A list of Streams, one for each core with work, that process `rows` rows in tiles of up to ROWS rows.
+    """Returns a list of Streams, one for each core with work, that process `rows` rows in tiles of up to ROWS rows.
 
     Args:
         mem: the chip's memory.
         site: name of the op's place in the model.
-        rows: number of rows, whose tiles are dealt to the cores.
-        widths: numbers of columns; the core's SRAM gets a ring of two f32 tiles for each of them.
-        body: called to emit the instructions of one tile, as body(builder, list of rings, slice of rows).
+        rows: number of rows; they are cut into tiles, which are dealt to the cores.
+        widths: numbers of columns. For each of them a core has a ring (circular SRAM buffer) of two f32 tiles.
+        body: function that emits the instructions of one tile. It is called as body(builder, list of rings, slice of
+            rows).
     """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * max(1, sum(widths)))))
     streams = []
@@ -264,9 +270,9 @@ def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: 
 
 
 def runs(mem: ChipMemory, rows: int) -> list[range]:
-    """Divide `rows` rows among the cores; a list of ranges, one for each core that has any.
+    """Divide `rows` rows among the cores. Returns a list with a range of consecutive rows for each core that has any.
 
-    Lengths differ by at most one; longer ranges come first.
+    The lengths of the ranges differ by at most one; longer ranges come first.
     """
     cores = min(rows, mem.chip.cores)
     ends = [(i + 1) * (rows // cores) + min(i + 1, rows % cores) for i in range(cores)]
@@ -276,11 +282,18 @@ def runs(mem: ChipMemory, rows: int) -> list[range]:
 def load_indices(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, tuple[Region, int]], ids: Region, row: int
 ) -> Region:
-    """An SRAM region i32 [1, 1] with the index that `ids` [1, rows] has for row `row`, one of the core's rows.
+    """Returns an SRAM region i32 [1, 1] with the index that `ids` [1, rows] holds for row number `row`.
 
-    k: the core's builder. The first call for a core emits the load of the indices of all its rows into one tile. held:
-    {builder: (this tile, number of the core's first row)}, which the caller keeps between calls; the first call for a
-    core adds its item.
+    The first call for a core emits the load of the indices of all rows of the core into one SRAM tile. Later calls use
+    this tile.
+
+    Args:
+        k: stream builder of the core.
+        mem: the chip's memory.
+        held: {builder: (SRAM tile with the core's indices, number of the core's first row)}. The caller keeps this dict
+            between calls; the first call for a core adds an item.
+        ids: HBM region with the indices of all rows.
+        row: a row of this core.
     """
     if k not in held:
         mine = next(run for run in runs(mem, ids.cols) if row in run)
@@ -292,12 +305,15 @@ def load_indices(
 def load_once(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, list[Region | None]], names: Sequence[str | None]
 ) -> list[Region | None]:
-    """Load operands as a whole into a core's SRAM, once for each core. Returns a list of their SRAM tiles.
+    """Returns the SRAM tiles of operands that a core loads as a whole, as a list.
+
+    The first call for a core emits the loads. Later calls for the core return the same list.
 
     Args:
-        k: builder of the core's stream. The first call for a core emits the loads; later calls return the same list.
+        k: stream builder of the core.
         mem: the chip's memory.
-        held: {builder: its list}, kept by the caller between calls. The first call for a core adds the core's list.
+        held: {builder: list of tiles}. The caller keeps this dict between calls; the first call for a core adds an
+            item.
         names: names of the operands; None gives None in the list.
     """
     if k not in held:

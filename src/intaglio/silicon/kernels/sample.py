@@ -30,7 +30,7 @@ RESULT_BYTES = 8.0  # of a token id and its log-probability
 @chip_kernel(Sample)
 @dataclass(frozen=True)
 class SampleKernel(ChipKernel):
-    """Chip kernel of `sample` over logits [rows, vocabulary]; a core samples one row at a time."""
+    """Chip kernel of `sample`, which draws a token for each row of logits [rows, vocabulary], row by row."""
 
     by_sequence: ClassVar[bool] = False
     rows: int | str
@@ -77,10 +77,11 @@ class SampleKernel(ChipKernel):
 
 
 def edit_loader(mem: ChipMemory, k: StreamBuilder, rows: Sequence[Sampling]) -> Callable[[Sampling], dict[str, Region]]:
-    """A function for one core that loads a row's logit edits and grammar mask from HBM.
+    """Returns a function that loads the logit edits and the grammar mask of a row from HBM, for one core.
 
-    The function takes the row's Sampling. It emits the loads, and returns a dict of SRAM tiles for arguments of the
-    instruction isa.Sample: "ids", "factors" and "terms" if the row has edits, "mask" if it has a mask; {} if neither.
+    The function takes the row's Sampling. It emits the loads and returns a dict of SRAM tiles, which are arguments of
+    the instruction isa.Sample: "ids", "factors" and "terms" if the row has edits, "mask" if it has a mask; {} if it has
+    neither.
 
     rows: the Sampling of each row of the core. SRAM tiles are allocated for the largest edits and mask among them.
     """

@@ -17,7 +17,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Select)
 @dataclass(frozen=True)
 class SelectKernel(CopyKernel):
-    """Chip kernel of `select`: copies, by index, the rows of tokens whose logits are wanted. It works row by row."""
+    """Chip kernel of `select`, which copies the rows of the tokens whose logits are needed. Rows are read by index."""
 
     source = "selected"
 

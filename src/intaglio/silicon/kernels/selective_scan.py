@@ -25,10 +25,10 @@ KEPT, ADDED = postfix("exp(a * b) * c"), postfix("a + b * c")
 @chip_kernel(SelectiveScan)
 @dataclass(frozen=True)
 class SelectiveScanKernel(SequenceKernel):
-    """Chip kernel of `selective_scan`. Each token takes two Map instructions and one Combine over the state.
+    """Chip kernel of `selective_scan`. For each token it has two Map instructions and one Combine over the state.
 
-    A job's state in SRAM has a row for each of the `state_rows` values of a channel, and a column for each channel. In
-    HBM it is transposed, so each row is loaded by itself.
+    In SRAM, the state has a column for each channel, and a row for each of the `state_rows` values of a channel. In HBM
+    the state is transposed; each SRAM row is therefore loaded by itself.
     """
 
     @classmethod
@@ -95,6 +95,6 @@ class SelectiveScanKernel(SequenceKernel):
 
 
 def load_columns(k: StreamBuilder, tile: Region, src: Region) -> None:
-    """Emit loads of the columns of `src` [m, n] into the rows of `tile` [n, m]."""
+    """Emit the loads that transpose `src` [m, n] from HBM into the SRAM tile `tile` [n, m]: one load per column."""
     for i in range(src.cols):
         load(k, tile.part(slice(i, i + 1)), src.part(cols=slice(i, i + 1)))

@@ -30,13 +30,13 @@ MOST_COLUMNS, LEAST_COLUMNS = 1024, 32  # of a job; fewer than the least if the 
 
 @dataclass(frozen=True)
 class SequenceJob:
-    """A range of columns of one sequence, which one core computes.
+    """Unit of work of one core: a range of columns of one sequence.
 
     Attributes:
-        rows: the sequence's rows among those of the step.
-        columns: the columns.
-        before: slot from which the state is read; -1: the state is zero.
-        after: slot to which the new state is written.
+        rows: the sequence's rows in the step.
+        columns: the range of columns.
+        before: number of the slot from which the state is read; -1: the state is zero.
+        after: number of the slot to which the new state is written.
         start: position of the first row in the sequence.
     """
 
@@ -47,25 +47,25 @@ class SequenceJob:
     start: int
 
     def blocks(self) -> list[slice]:
-        """A list of the job's blocks of rows, in order, as slices of the rows of the step."""
+        """Returns the job's rows in blocks of up to BLOCK rows, as a list of slices of the step's rows."""
         return [slice(self.rows.start + s.start, self.rows.start + s.stop) for s in slices(len(self.rows), BLOCK)]
 
 
 @dataclass(frozen=True)
 class SequenceKernel(WorkKernel):
-    """Base class of chip kernels of ops that advance a state along each sequence, each column by itself.
+    """Base class of chip kernels of recurrent ops, which advance a state along each sequence, column by column.
 
-    A library's kernel is timed as any WorkKernel, by the op's FLOPs and bytes. The instruction streams, whose values
-    are FP32, are timed by the steps() of their blocks.
+    For a vendor's library, time follows from the op's FLOPs and bytes, see WorkKernel. For the instruction streams,
+    whose values are FP32, time is modelled by steps().
 
     Attributes:
         width: columns of the operands and of the result.
         operands: number of matrices [T, width] that the op reads.
         vectors: number of values that a job loads for each column, such as those of a bias.
         state_rows: rows of a sequence's state, which is [state_rows, width].
-        overlap: rows before a block that are loaded again with it.
+        overlap: number of rows before a block of rows that are loaded again with the block.
         cold: how many of `vectors` come from HBM: those of a weight with several rows, which is not in the L2 before.
-        shared: values of a row that every job of a sequence loads, whatever its columns.
+        shared: number of values of a row that every job of a sequence loads, whatever its columns.
         transposed: True if the state is [width, state_rows] in HBM, so that each of its rows is moved by itself.
     """
 
@@ -80,26 +80,26 @@ class SequenceKernel(WorkKernel):
 
     @classmethod
     def made(cls, op: Op, t: Tensors, **fields: Any) -> Self:
-        """The kernel of an op, from the values of the attributes that WorkKernel does not have."""
+        """Returns the kernel of an op. `fields` are the values of the attributes that WorkKernel does not have."""
         base = WorkKernel.of(op, t)
         return cls(op=base.op, tensors=base.tensors, **fields)
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
-        """Cycles of one core's vector lanes for a block of `rows` rows and `columns` columns."""
+        """Returns the cycles in which one core's vector lanes compute a block of `rows` rows and `columns` columns."""
         raise NotImplementedError(f"{type(self).__name__} must define cycles()")
 
     def first_cycles(self, chip: ChipSpec, columns: float) -> float:
-        """Cycles of one core's vector lanes for what a job of `columns` columns computes before its first block.
+        """Returns the cycles that one core's vector lanes need before the first block of a job with `columns` columns.
 
         The base class returns 0.
         """
         return 0.0
 
     def columns(self, target: Target, sequences: int) -> int:
-        """The largest number of columns of a job.
+        """Returns the largest number of columns of a job.
 
-        So few that every core has a job, but at least LEAST_COLUMNS; at most MOST_COLUMNS, self.width, and the number
-        for which SRAM holds the tiles of two jobs.
+        It is chosen so small that every core has a job, but at least LEAST_COLUMNS. It is at most MOST_COLUMNS,
+        self.width, and the number for which the tiles of two jobs fit SRAM.
 
         sequences: number of sequences in the step.
         """
@@ -108,16 +108,16 @@ class SequenceKernel(WorkKernel):
         return max(1, min(self.width, MOST_COLUMNS, max(shared, LEAST_COLUMNS), fit))
 
     def tile_rows(self, block: int = BLOCK) -> int:
-        """Rows of all tiles together that a job has in SRAM: operands, result, vectors and state.
+        """Returns the total number of rows of all SRAM tiles of a job: operands, result, vectors and state.
 
-        block: rows of a block.
+        block: number of rows of a block.
         """
         return self.operands * (block + self.overlap) + block + self.vectors + self.state_rows
 
     def depth(self, target: Target, columns: int, longest: int) -> int:
-        """Number of tiles in each of a core's rings (circular buffers), see ring_depth().
+        """Returns the number of tiles in each ring (circular SRAM buffer) of a core, see ring_depth().
 
-        columns: columns of a job. longest: rows of the longest sequence.
+        columns: columns of a job. longest: number of rows of the longest sequence.
         """
         block = min(BLOCK, longest)
         values = self.tile_rows(block) * columns + block * self.shared + 16 * (self.vectors + 8)  # room for alignment
@@ -126,7 +126,8 @@ class SequenceKernel(WorkKernel):
     def dealt(self, target: Target, lengths: Sequence[int]) -> list[list[tuple[int, slice]]]:
         """Deal the jobs to the cores, the longest first. Returns for each core with work a list of (sequence, columns).
 
-        lengths: number of rows of each sequence.
+        A job is a range of columns of one sequence: `sequence` is its number, `columns` a slice. lengths: number of
+        rows of each sequence.
         """
         parts = slices(self.width, -(-self.width // -(-self.width // self.columns(target, len(lengths)))))
         jobs = [(s, columns) for s in range(len(lengths)) for columns in parts]
@@ -134,9 +135,9 @@ class SequenceKernel(WorkKernel):
         return [[jobs[i] for i in mine] for mine in deal(seconds, target.chip.cores)]
 
     def jobs(self, mem: ChipMemory, site: str, batch: Batch) -> Iterator[tuple[StreamBuilder, list[SequenceJob]]]:
-        """Yield (StreamBuilder, list of SequenceJobs) for each core that has any.
+        """Yields (StreamBuilder, list of SequenceJobs) for each core with work.
 
-        site: the op's place in the model, for the streams.
+        site: name of the op's place in the model, for the streams.
         """
         first, lengths = batch.first_row.tolist(), batch.q_len.tolist()
         before, after, context = batch.state_from.tolist(), batch.state_to.tolist(), batch.context_len.tolist()
@@ -151,7 +152,10 @@ class SequenceKernel(WorkKernel):
             )
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """The Timing by FLOPs and bytes; with FP32 activations, as in the streams, that of their steps()."""
+        """Returns the modelled Timing of the op in a step.
+
+        Its seconds follow from the op's FLOPs and bytes, or for FP32 activations (the simulated streams) from steps().
+        """
         work = super().time(target, sizes, prefetched)
         sequences = [(q, keys > q) for q, keys, n in sizes.sequences for _ in range(n)]
         if target.library.activation_bytes < WIDE or not sequences:
@@ -168,7 +172,10 @@ class SequenceKernel(WorkKernel):
         return replace(work, seconds=target.library.launch_s + steps_seconds(target.chip, l2, cores, depth))
 
     def block_loads(self, sequence: int, columns: slice, block: slice) -> list[Move]:
-        """The loads of a block. block: its rows, counted from the sequence's first."""
+        """Returns the loads of one block of rows.
+
+        block: the rows, counted from the sequence's first row. columns: the job's columns.
+        """
         rows, at = block.stop - block.start, (sequence, block.start)
         overlap = self.overlap if block.start else 0
         size = 4.0 * self.operands * (rows + overlap) * (columns.stop - columns.start)
@@ -176,7 +183,15 @@ class SequenceKernel(WorkKernel):
         return [Move(size, ("x", *at, columns.start)), *shared]
 
     def steps(self, target: Target, sequence: int, columns: slice, rows: int, kept: bool) -> Iterator[Step]:
-        """The steps of a job: one for each block. rows: rows of the sequence. kept: True if it reads a state."""
+        """Yields the Steps of a job for the time model, one for each block of rows.
+
+        Args:
+            target: the chip and its kernel library.
+            sequence: number of the sequence.
+            columns: the job's columns.
+            rows: number of rows of the sequence.
+            kept: True if the sequence has a state, which is then loaded; False if its state starts at zero.
+        """
         chip, n, blocks = target.chip, columns.stop - columns.start, slices(rows, BLOCK)
         hz, state = chip.clock_hz, 4.0 * self.state_rows * n
         loads = by_columns(n, self.cold, ("weights", columns.start))

@@ -22,12 +22,13 @@ ADDED = postfix("a * b + c")
 @chip_kernel(ShortConv)
 @dataclass(frozen=True)
 class ShortConvKernel(SequenceKernel):
-    """Chip kernel of `short_conv`. A block of rows takes one Map instruction for each tap of the filters.
+    """Chip kernel of `short_conv`. For each block of rows it has one Map instruction for each tap of the filters.
 
-    The tile of a block also has the taps - 1 rows before the block, from the state or from the block before.
+    The SRAM tile of a block also holds the taps - 1 rows before the block; for the first block they come from the
+    state.
 
     Attributes:
-        taps: rows over which a filter reaches.
+        taps: number of rows that a filter combines.
         bias: True if the op adds a bias.
     """
 

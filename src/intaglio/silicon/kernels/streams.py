@@ -25,7 +25,10 @@ ADDED: Steps = (*SCALED, ("operand", "c"), ("binary", "+"))
 @chip_kernel(Sinkhorn)
 @dataclass(frozen=True)
 class SinkhornKernel(RowsKernel):
-    """Chip kernel of `sinkhorn`: one Sinkhorn instruction for each row, which is a matrix. iterations: as in the op."""
+    """Chip kernel of `sinkhorn`, with one Sinkhorn instruction for each row. A row holds a matrix.
+
+    iterations: the field `iterations` of the op.
+    """
 
     iterations: int = 20
 
@@ -52,13 +55,14 @@ class SinkhornKernel(RowsKernel):
 @chip_kernel(MixStreams)
 @dataclass(frozen=True)
 class MixStreamsKernel(RowsKernel):
-    """Chip kernel of `mix_streams`. A job is up to COLUMNS columns of all streams of one row.
+    """Chip kernel of `mix_streams`. A core processes up to COLUMNS columns of all streams of one row at a time.
 
-    Each stream of the result is a sum: one Map instruction for each of its terms.
+    Each stream of the result is a sum of terms. Each term has one Map instruction.
 
     Attributes:
         width: columns of one stream.
-        streams_in, streams_out: number of streams of the operand and of the result.
+        streams_in: number of streams of the operand.
+        streams_out: number of streams of the result.
         branch: True if the op adds a branch.
     """
 
@@ -74,7 +78,7 @@ class MixStreamsKernel(RowsKernel):
 
     @property
     def factors(self) -> int:
-        """Number of weights and gains of a row."""
+        """The number of factors (weights and gains) of one row."""
         return self.streams_out * (self.streams_in + self.branch)
 
     def columns(self) -> tuple[int, ...]:
@@ -131,7 +135,10 @@ class MixStreamsKernel(RowsKernel):
 
 
 def side_by_side(x: Region, row: int, n: int) -> Region:
-    """The `n` streams that stand side by side in row number `row` of `x`, as a Region with a row for each stream."""
+    """Returns a view of row number `row` of `x` as a Region with `n` rows. Row i is stream i.
+
+    In `x` the `n` streams are consecutive column ranges of equal width.
+    """
     one = x.part(slice(row, row + 1))
     width = x.cols // n
     return replace(one, rows=n, cols=width, stride=one.row_bytes // n)

@@ -33,12 +33,12 @@ ROUNDING = "rounding"  # label of the launch that rounds x
 
 @dataclass(frozen=True)
 class Codes:
-    """Left operand of a product, or of several that share a loop.
+    """The left operand x of a product, rounded to the number format in which it is multiplied.
 
     Attributes:
-        x: the operand's codes [m, k], or its values if it is not quantised.
-        scales: scales f32 [m, G] of the rows of x; None: there are none.
-        span: number of neighbouring columns of x that share a scale.
+        x: region [m, k] of codes, or of values if x is not quantised.
+        scales: region f32 [m, G] with the scales of each row of x; None: there are none.
+        span: number of consecutive columns of x that share a scale.
     """
 
     x: Region
@@ -50,7 +50,7 @@ def rounded(
     mem: ChipMemory, site: str, x: Region, x_format: str, span: int, rows: int = -1,
     reader: Callable[[StreamBuilder, int], RowReader] | None = None,
 ) -> Codes:  # fmt: skip
-    """Round x f32 [m, k] to `x_format` on the simulated chip. Returns the Codes (regions of codes and of scales).
+    """Round x f32 [m, k] to `x_format` on the simulated chip. Returns the Codes: regions of codes and of scales.
 
     The kernel is executed during this call. int8 has one scale for every `span` columns of a row, fp8row one for each
     row; bf16 and f32 have none. For f32 without a reader the result is x itself, and no kernel is executed. For f32
@@ -63,9 +63,9 @@ def rounded(
         x_format: f32, bf16, int8 or fp8row.
         span: columns that share an int8 scale.
         rows: number of rows that the reader gives; not used without a reader.
-        reader: None to take the rows of x in order. Otherwise a function, called once for each core with (stream
-            builder, largest number of rows of a tile). It returns the core's RowReader: a function that emits the load
-            of some rows and columns of x into a tile, in an order of rows of its own. Codes are stored in that order.
+        reader: None to round the rows of x in order. Otherwise a function, called once for each core with (stream
+            builder, largest number of rows of a tile). It returns a RowReader, which emits the load of some rows and
+            columns of x into a tile and decides in which order rows come. The codes are stored in that order.
     """
     if x_format == "f32" and reader is None:
         return Codes(x, None, span)
@@ -103,19 +103,19 @@ def rounded(
 
 @dataclass
 class TileJob:
-    """A tile of the result that a core computes, for one part of K if K is split.
+    """One tile of the result that a core computes; if K is split, its sum over one part of K.
 
     Attributes:
-        rows: rows of x and of the result.
+        rows: slice of the rows of x and of the result.
         w: the weights: one item, or two for a GLU pair (gate, up).
-        columns: for each item of `w`, its rows, which are columns of x @ w.T.
-        steps: the steps over K, as slices.
-        out: columns of the result.
+        columns: for each item of `w`, the slice of its rows that the tile multiplies.
+        steps: slices of K; the tile is computed in these steps.
+        out: slice of the columns of the result.
         first: column of x that is multiplied by the first column of `w`; above 0 if x has the inputs of several heads.
         index: number of the part of K, of the expert or of the head, where there are several; else 0.
         accs: the accumulators, one for each item of `columns`; product_streams() sets them.
-        factor: the tile with the row scales of x that were loaded last; None before the first load.
-        held: the scales of w that were loaded last: {index into `columns`: (slice of scale numbers along K, tile)}.
+        factor: SRAM tile with the scales of x that were loaded last; None before the first load.
+        held: scales of w that were loaded last: {index into `columns`: (slice of scale numbers along K, SRAM tile)}.
     """
 
     rows: slice
@@ -131,13 +131,18 @@ class TileJob:
 
 
 class TiledProduct:
-    """Emits the loads and matmuls of a product on one core, and holds its SRAM tiles of x, of w and of their scales.
+    """Emits the loads and matmuls of a product on one core, and owns the core's SRAM tiles for x, w and their scales.
 
     Tiles at the edge of the result are padded with zeros.
 
-    codes: the rounded x. w: the weights of one of the jobs: one item, or two for a GLU pair (gate, up). Only their
-    formats are used, which are the same for all jobs. cut: the Tiling. w_first: True to load tiles of w before tiles of
-    x. Half of the cores do so, which spreads the loads of x from the L2 and keeps HBM busy.
+    Args:
+        k: stream builder of the core.
+        codes: the rounded x.
+        w: weights of one of the jobs: one item, or two for a GLU pair (gate, up). Only their formats are used, which
+            are the same for all jobs.
+        cut: tile sizes.
+        w_first: True to load tiles of w before tiles of x. Half of the cores do so, which spreads the loads of x from
+            the L2 over time and keeps HBM busy.
     """
 
     def __init__(
@@ -166,8 +171,8 @@ class TiledProduct:
     def step(self, job: TileJob, step: slice, accumulate: bool) -> None:
         """Emit the loads of x and w for one step of a job, and the Matmul instructions that multiply them.
 
-        step: the columns of x, as a slice of K. accumulate: True to add to the job's accumulators; False to overwrite
-        them, as in a job's first step. Returns nothing.
+        Returns nothing. step: slice of K. accumulate: True to add to the job's accumulators; False to overwrite them,
+        as in a job's first step.
         """
         # Scales of w come from HBM, as w does: loaded first, they arrive with it
         groups = [self.groups(side, job, step) for side in range(len(job.w))]
@@ -187,10 +192,10 @@ class TiledProduct:
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
 
     def load_x(self, job: TileJob, step: slice) -> Region:
-        """Emit the load of columns `step` of a job's rows of x. Returns the SRAM tile.
+        """Emit the load of the columns `step` of a job's rows of x. Returns the SRAM tile.
 
-        If x has scales, job.factor is afterwards the SRAM tile with the scales of these columns. The call emits the
-        load of the scales, and sets job.factor, only where a new scale begins. Later steps keep job.factor.
+        If x has scales, the method also sets job.factor to an SRAM tile with the scales of these columns. It emits the
+        load of the scales only where a new scale begins; in the steps between, job.factor stays as it is.
         """
         columns = shifted(step, job.first)
         a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
@@ -203,13 +208,15 @@ class TiledProduct:
         return a
 
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
-        """Group a step's columns of w by their scale. Returns a list of (columns of one scale, region of the scales).
+        """Group a step's columns of w by their scale. Returns a list of (columns that share a scale, their scales).
 
-        The columns are a slice, counted from the first column of the step. The region is an SRAM tile with one scale
-        for each row of w. If w is not quantised, the list has one item: (all columns, None).
+        The columns are a slice, counted from the first column of the step. The scales are a row of an SRAM tile, with
+        one scale for each row of w. If w is not quantised, the list has one item: (all columns, None).
 
-        Also loads scales if needed: job.held keeps the scales that were loaded last. If these are not the scales of
-        this step, the call emits a load and sets job.held[side]. side: index into job.w. step: slice of K.
+        The method emits a load if the scales of this step are not those that were loaded last, and then sets
+        job.held[side].
+
+        side: index into job.w. step: slice of K.
         """
         ring, w = self.column_scales[side], job.w[side]
         if not isinstance(w, QuantisedRegion) or ring is None:
@@ -234,17 +241,17 @@ def product_streams(
 ) -> list[Stream]:  # fmt: skip
     """Emit the instructions of a tiled matrix product. Returns a list with one Stream for each core with work.
 
-    Sets job.accs, the accumulators, of each job. product_seconds() computes the time of this loop in closed form.
+    Sets job.accs, the accumulators, of each job. product_seconds() models the time of these Streams.
 
     Args:
         mem: the chip's memory.
         site: name of the op's place in the model.
-        codes: the activations.
-        cut: sizes of the tiles.
+        codes: the rounded left operand x.
+        cut: tile sizes.
         jobs: the tiles of the result, which are dealt to the cores.
-        finisher: called once for each core with the core's stream builder, after the operands' tiles are allocated. It
-            returns a function finish(job), which is called after each job's product; it emits the instructions that
-            read the accumulators and store the result.
+        finisher: function called once for each core with the core's stream builder, after the operands' tiles are
+            allocated. It returns a function finish(job), which is called after each job's product and emits the
+            instructions that read the accumulators and store the result.
     """
     streams = []
     for core, (k, mine) in enumerate(deal_jobs(mem.chip, jobs, site)):
@@ -266,10 +273,10 @@ def product_streams(
 
 
 def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """Cut the rows of a job's tile into pieces that move from accumulators to SRAM one after the other.
+    """Yields the pieces of a tile's rows that move from accumulators to SRAM one after the other.
 
-    Yields (rows within the tile, rows of the result) for each piece, two slices of equal length. ring: the SRAM buffers
-    for the pieces. A piece has as many rows as one buffer; the last piece may have fewer.
+    Each item is (rows within the tile, rows of the result), two slices of equal length. A piece has as many rows as one
+    SRAM buffer of `ring`; the last piece may have fewer.
     """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
         yield piece, shifted(piece, job.rows.start)
@@ -278,8 +285,8 @@ def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
 def store_product(k: StreamBuilder, job: TileJob, out: Region, columns: Sequence[slice], ring: Ring) -> None:
     """Emit instructions that move a job's sums from accumulators to SRAM and store them to `out`. Returns nothing.
 
-    The sums are stored without bias, scale, activation or residual. columns: for each item of job.accs, the columns of
-    `out` to which its sums go. ring: SRAM tiles for drained rows.
+    No bias, scale, activation or residual is applied. columns: for each accumulator of job.accs, the columns of `out`
+    in which its sums are stored. ring: SRAM buffers for the sums.
     """
     for acc, part in zip(job.accs, columns, strict=True):
         for piece, at in pieces(job, ring):

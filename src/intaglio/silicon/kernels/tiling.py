@@ -18,37 +18,39 @@ INDEX_TILES = 4  # tiles of row numbers by which results are stored
 
 
 def scale_columns(group: int, k: int) -> int:
-    """Number of columns of x [m, k] that share a scale, for a product with weights of which `group` columns share one.
+    """Returns how many consecutive columns of x [m, k] share a scale, in a product with quantised weights.
 
-    It is the smallest multiple of `group` that is at least formats.SPAN, but at most `k`. group: 0 for weights without
-    scales; the result is then `k`.
+    It is the smallest multiple of `group` that is at least formats.SPAN, but at most `k`.
+
+    group: number of consecutive weights of a row that share a scale; 0: weights have no scales, and the result is `k`.
     """
     return min(k, group * -(-formats.SPAN // group)) if group else k
 
 
 def groups_in(group: int, depth: int) -> int:
-    """Largest number of scale groups of weights that `depth` neighbouring columns touch; 0 if they have no scales.
+    """Returns the largest number of scale groups of weights that a range of `depth` consecutive columns touches.
 
-    group: columns of a row of weights that share a scale; 0: there are no scales.
+    It is 0 if the weights have no scales. group: number of consecutive weights of a row that share a scale; 0: none.
     """
     return -(-depth // group) + 1 if group else 0
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the cores compute a product.
+    """Tile sizes of a matrix product, and how a core divides its SRAM and accumulators among tiles.
 
     Attributes:
         rows, columns: size of a tile of the result; for a GLU pair, the columns of each side.
-        parts: largest number of parts into which K is split. Each part is summed on its own, and a second pass adds
-            the sums.
-        depth: K values of a step, whose operands are loaded together.
-        stages: steps whose operands SRAM holds at the same time.
-        drain_rows: rows that move from accumulators to SRAM at a time.
-        at_once: tiles between which a core alternates: it computes one step of each, then the next step of each.
-        banks: 2 if a core begins its next tiles in other accumulators while it stores these, else 1.
-        block: rows and columns, in tiles, of a block of neighbouring tiles that cores compute at the same time.
-        scaled: tiles in each ring (circular SRAM buffer) of scales, for x and for w.
+        parts: largest number of parts into which K is split. Each part is summed on its own, and a second pass adds the
+            sums.
+        depth: number of K values in one step, whose operands are loaded together.
+        stages: number of steps whose operands SRAM holds at the same time.
+        drain_rows: number of rows that move from accumulators to SRAM at a time.
+        at_once: number of tiles between which a core alternates: it computes one step of each, then the next step of
+            each.
+        banks: 2 if a core begins its next tiles in other accumulators while it stores the current ones, else 1.
+        block: rows and columns, in tiles, of a block of neighbouring tiles that the cores compute at the same time.
+        scaled: number of tiles in each ring (circular SRAM buffer) of scales, for x and for w.
     """
 
     rows: int
@@ -67,10 +69,10 @@ def tiling(
     target: Target, size: tuple[int, int, int], x_format: str, w_format: str, w_bits: float,
     group: int = 0, sides: int = 1, residual: bool = False, heads: int = 1, grouped: Grouped | None = None,
 ) -> Tiling:  # fmt: skip
-    """The Tiling of `heads` products x [m, k] @ w.T [k, n]: the fastest that time_choices() finds, made to fit SRAM.
+    """Returns the Tiling for `heads` products x [m, k] @ w.T [k, n], based on the fastest choice of time_choices().
 
-    time_choices() does not count the SRAM of the residual and of the scales. Where these do not fit as well, the Tiling
-    has fewer stages, or a smaller depth, than time_choices() gives.
+    time_choices() does not count the SRAM for the residual and the scales. If they do not fit as well, the Tiling has
+    fewer stages, or a smaller depth, than the fastest choice.
 
     Args:
         target: chip and kernel library.
@@ -78,7 +80,7 @@ def tiling(
         x_format: number format in which the product reads x, such as "int8".
         w_format: number format of a weight's code.
         w_bits: bits per weight, scales included.
-        group: columns of a row of weights that share a scale; 0: the weights have no scales.
+        group: number of consecutive weights of a row that share a scale; 0: the weights have no scales.
         sides: 2 for a GLU pair, else 1.
         residual: True if a residual is added.
         heads: number of products, each with its own x and w.
@@ -126,10 +128,11 @@ def tiling(
 
 
 def in_blocks(rows: Sequence[Any], columns: Sequence[Any], block: tuple[int, int]) -> list[tuple[Any, Any]]:
-    """A list of all pairs (item of `rows`, item of `columns`), ordered block by block.
+    """Returns a list of all pairs (item of `rows`, item of `columns`), ordered block by block.
 
-    block: items of `rows` and of `columns` in a block; blocks at the edge are smaller. Blocks follow each other row by
-    row, and so do the pairs of a block. Tiles that cores compute at the same time are then neighbours.
+    A block has block[0] items of `rows` and block[1] items of `columns`; blocks at the edge are smaller. Blocks follow
+    each other row by row, and so do the pairs in a block. Tiles that cores compute at the same time are then
+    neighbours.
     """
     tall, wide = block
     return [
@@ -140,11 +143,11 @@ def in_blocks(rows: Sequence[Any], columns: Sequence[Any], block: tuple[int, int
 
 
 def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
-    """Cut the columns 0 .. k - 1 of x into at most cut.parts parts, and each part into steps.
+    """Cut K, the columns 0 .. k - 1 of x, into at most cut.parts parts, and each part into steps.
 
-    Returns a list with an item for each part: the list of its steps, as slices of columns, in ascending order. A step
-    has at most cut.depth neighbouring columns, which are loaded and multiplied together. All columns of a step have the
-    same scale: columns 0 .. span - 1 share one, the next `span` columns another, and so on.
+    Returns a list with one item for each part: the list of its steps, which are slices of K in ascending order. A step
+    has at most cut.depth columns, which are loaded and multiplied together. All columns of a step have the same scale:
+    columns 0 .. span - 1 share one scale, the next `span` columns another, and so on.
     """
     every = [
         shifted(piece, outer.start)
@@ -155,12 +158,12 @@ def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
 
 @dataclass(frozen=True)
 class Job:
-    """One tile of the result that a core computes, for one part of K.
+    """One tile of the result that a core computes; if K is split, its sum over one part of K.
 
     Attributes:
-        rows: rows of x and of the result.
-        columns: columns of the result; for a GLU pair, those of each side.
-        steps: the steps over K, as slices.
+        rows: slice of the rows of x and of the result.
+        columns: slice of the columns of the result; for a GLU pair, of each side.
+        steps: slices of K; the tile is computed in these steps.
         index: number of the part of K, of the expert or of the head. Jobs with different numbers share no operands.
     """
 
@@ -171,9 +174,10 @@ class Job:
 
 
 def tile_jobs(rows: int, columns: int, parts: Sequence[Sequence[slice]], cut: Tiling) -> list[Job]:
-    """A list of the jobs of a product, in the order in which they are dealt to the cores.
+    """Returns a list of the Jobs of a product, in the order in which they are dealt to the cores.
 
-    rows, columns: size of the result; for a GLU pair, columns of one side. parts: for each part of K, its steps.
+    rows, columns: size of the result; for a GLU pair, columns of one side. parts: for each part of K, the list of its
+    steps. cut: tile sizes.
     """
     tiles = in_blocks(slices(rows, cut.rows), slices(columns, cut.columns), cut.block)
     return [Job(r, c, steps, part) for r, c in tiles for part, steps in enumerate(parts)]
