@@ -91,9 +91,9 @@ class TileLoop:
         The L2 decides which accesses miss, instead of load_missed and store_missed. The seconds are from the first load
         to the last store, without launch overhead. source: where the operands are before the loop; see L2.
 
-        A loop that outgrows the L2 is followed only for the numbers of jobs that followed_jobs() lists. The result for
-        a number between two of these is interpolated: the seconds rise from one to the other as the seconds of a loop
-        without evictions do. So more jobs never take less time.
+        A loop that is short, or just outgrows the L2, is followed. Longer ones are followed only for the numbers of jobs
+        that followed_jobs() lists. The result for a number between two of these is interpolated: the seconds rise from
+        one to the other as those of a loop without evictions do. So more jobs never take less time.
         """
         capacity, cores = target.chip.l2_bytes * target.library.l2_usable, target.chip.cores
         read = self.load * (source != "l2")  # bytes of a job that HBM reads in any case
@@ -114,7 +114,7 @@ class TileLoop:
             if jobs >= self.jobs:
                 break
         (low, low_s, low_bytes), (high, high_s, high_bytes) = points[-2:]
-        if k == 1 and (self.jobs < PARTLY * cores or low == kept):  # whether the last tiles miss matters
+        if k == 1 and self.jobs < max(PARTLY * cores, kept * (1 + 1 / GRID)):  # whether the last tiles miss matters
             seconds, moved = evicting(one, target, source, self.jobs, 1)
             return max(seconds, low_s if high >= self.jobs else high_s), moved
         now, before, after = (usual(jobs) for jobs in (self.jobs, low, high))
