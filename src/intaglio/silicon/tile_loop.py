@@ -90,8 +90,9 @@ class TileLoop:
         The seconds are from the first load to the last store, without launch overhead. A model of the L2 decides which
         accesses miss; load_missed and store_missed are not used.
 
-        A loop that exceeds the L2 is simulated only for the numbers of jobs that followed_jobs() lists. For a number
-        between two of these the result is interpolated, so that more jobs never take less time.
+        A loop that is short, or that just exceeds the L2, is simulated. A longer one is simulated only for the numbers
+        of jobs that followed_jobs() lists. For a number between two of these the result is interpolated, so that more
+        jobs never take less time.
 
         source: where the operands are before the loop; see the class L2.
         """
@@ -114,7 +115,7 @@ class TileLoop:
             if jobs >= self.jobs:
                 break
         (low, low_s, low_bytes), (high, high_s, high_bytes) = points[-2:]
-        if k == 1 and (self.jobs < PARTLY * cores or low == kept):  # whether the last tiles miss matters
+        if k == 1 and self.jobs < max(PARTLY * cores, kept * (1 + 1 / GRID)):  # whether the last tiles miss matters
             seconds, moved = evicting(one, target, source, self.jobs, 1)
             return max(seconds, low_s if high >= self.jobs else high_s), moved
         now, before, after = (usual(jobs) for jobs in (self.jobs, low, high))
