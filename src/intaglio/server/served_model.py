@@ -56,8 +56,8 @@ class ServedModel:
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """Returns a dict with the K/V block size (`block_size`) and the cache keys of a prompt's full blocks (`names`).
 
-        The block size is in tokens. The cache keys are a list. A router uses the dict to find which replica has cached
-        the prompt's blocks. salt: the request's cache salt, or None.
+        The block size is in tokens. The cache keys are a list. A router uses the dict to estimate how
+        much of later prompts this replica has cached. salt: the request's cache salt, or None.
         """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
