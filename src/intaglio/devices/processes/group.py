@@ -71,7 +71,7 @@ class RankStart:
 
 @dataclass(frozen=True)
 class Place:
-    """Which ranks of a group run on this host.
+    """The part of a group of ranks that runs on this host, and its connections to the ranks on other hosts.
 
     Attributes:
         ranks: numbers of the ranks that run here.
