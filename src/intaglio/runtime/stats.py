@@ -52,7 +52,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Present numbers of an engine: sequences, K/V blocks, slots of recurrent state and window blocks.
+    """Current numbers of sequences, K/V blocks, slots of recurrent state and window blocks in an engine.
 
     Window blocks are the K/V blocks of layers with a sliding window, if these layers have a pool of their own.
 

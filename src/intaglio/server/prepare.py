@@ -78,7 +78,7 @@ class Reading:
 def prepare_completion(
     llm: LLM, body: CompletionRequest, id: str, settings: Settings
 ) -> tuple[list[Prepared], list[Reading]]:
-    """Returns (prepared, readings) for a completion request: two lists with one item for each prompt.
+    """Returns two lists for a completion request, with one Prepared and one Reading for each prompt.
 
     A Prepared holds the engine's request for a prompt. A Reading says how to turn its output into the response.
 
