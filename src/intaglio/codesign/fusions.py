@@ -135,10 +135,10 @@ def split_norms(
     the squares of its own columns. One all_reduce in float32 for each layer then adds up these sums over the chips, for
     all qualifying norms of the layer. The Program is not changed.
 
-    `dropped` is a set of sites (names of an op's place in the model) of ops that are not launched. `kernels` is {site of
-    an op: kernel that replaces the op's own}. The first all-gather of a layer is replaced by the all_reduce, the layer's
-    other all-gathers are dropped, and each norm is replaced by a norm over one chip's columns. Both results are empty
-    if no norm qualifies.
+    `dropped` is a set of sites (names of an op's place in the model) of ops that are not launched. `kernels` is {site
+    of an op: kernel that replaces the op's own}. The first all-gather of a layer is replaced by the all_reduce, the
+    layer's other all-gathers are dropped, and each norm is replaced by a norm over one chip's columns. Both results are
+    empty if no norm qualifies.
 
     program: the Program of one rank. ops: its ops, without experts. users: {tensor name: list of ops that read the
     tensor}.

@@ -326,10 +326,10 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
 
 
 def pool_keys(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op PoolKeys, which pools 4 or 64 tokens in a row into one entry.
+    """Returns a random Case (one call to time) of the op PoolKeys, which pools 4 or 64 tokens into one cache entry.
 
-    An entry stands for these tokens in a K/V cache. A run of 4 tokens is pooled together with the preceding run. The batch is a prompt, or sequences of one token, each
-    of which completes a run.
+    The tokens are consecutive: a run. A run of 4 tokens is pooled together with the preceding run. The batch is a
+    prompt, or sequences of one token each; this token completes a run.
     """
     overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
     every = 4 if overlap else 64

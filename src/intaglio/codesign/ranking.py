@@ -46,10 +46,11 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The way to serve a model on a chip that the timing model recommends, compared with the best measured way.
+    """Comparison of the recommended way to serve a model on a chip with the best measured way.
 
-    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
-    differ in further columns, such as the engine, their values belong to the point too.
+    The recommended way has the highest modelled output tokens/s per chip. A point is a way to serve that a benchmark
+    measured: a layout and a number of open requests. If the compared rows differ in further columns, such as the
+    engine, their values belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only

@@ -37,7 +37,7 @@ def _layer(site: str) -> str:
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes) for each other way to split a joined q, k, v matrix.
+    """Yield triples (site, text, changes) that split the joined q, k, v matrix of an attention op in another way.
 
     A checkpoint may store the matrix by head (the query heads of a K/V head, then its key, then its value), or all of
     q, then all of k, then all of v. The port may have split it in the wrong way. Only attention whose q, k or v is

@@ -334,7 +334,7 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that run one rank of a mesh each. Several of them can run in one process.
+    """Base class of executables for one rank of a mesh. The executables of several ranks can run in one process.
 
     A step is a generator. At each collective it yields this rank's input and is sent this rank's output; the caller
     computes the outputs from the inputs of all ranks. At its end the generator returns the StepResult.

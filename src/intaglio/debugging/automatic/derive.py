@@ -109,7 +109,7 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A text for users that says which module of transformers cannot be ported, and which op or field is nearest to it.
+    """A text for users that names the module that cannot be ported, and the op or field of Decoder nearest to it.
 
     architecture: name of the architecture in config.json. e: the error, which names the module, what is missing, and
     the nearest op or field.
