@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Totals of an engine since its creation. A choice is one output of a request.
+    """Counts of what an engine has done since its creation: steps, choices, faults, tokens.
+
+    A choice is one output of a request.
 
     Attributes:
         steps: steps run.
