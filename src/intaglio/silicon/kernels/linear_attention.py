@@ -59,7 +59,7 @@ class LinearAttentionKernel(SequenceKernel):
         return max(n for n in range(1, self.values + 1) if self.values % n == 0 and (n <= most or n == 1))
 
     def result(self) -> Steps:
-        """Returns the program of the Map instruction that computes the results of some tokens.
+        """Returns the expression, in postfix form, that a Map instruction evaluates to compute the op's result.
 
         Its operands are the sum over the state (named a), the value (b) and the skip factor (c).
         """
