@@ -80,7 +80,7 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
-    """Compare recommended ways to serve with those that measured best. Returns a list of Ranked, one for each case.
+    """Compare recommended ways to serve with the best measured ways. Returns a list with a Ranked for each case.
 
     Measured rows are first grouped into cases: the rows of a case have equal values in the columns `same`, such as LLM,
     chip and engine. The rows of a case are then grouped into points, the ways to serve that were measured: the rows of

@@ -70,7 +70,7 @@ def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[V
 
 
 def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
-    """True if the rows of q, k and v can be stored by head, so that each K/V head follows its query heads.
+    """True if the rows of q, k and v can be put in an order in which each K/V head follows its query heads.
 
     This requires the same number of rows for every head, and a number of query heads that is a multiple of the K/V
     heads.

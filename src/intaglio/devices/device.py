@@ -283,7 +283,7 @@ class Executable(ABC):
         return True
 
     def switch_experts(self) -> None:
-        """Use the experts that load_experts() has loaded in all steps launched from now on. Returns None.
+        """Make all steps launched from now on use the experts that load_experts() has loaded. Returns None.
 
         Waits until loading has ended. Nothing changes if load_experts() was not called since the last switch. Raises
         DeviceError if the executable cannot move experts or loading failed, and DeviceLost if the device is lost.

@@ -34,7 +34,7 @@ class RandomL2:
         return exp((before - self.evicted) / self.capacity)
 
     def insert(self, size: float) -> float:
-        """Put `size` bytes into the L2, evicting others if it is full. Returns the bytes that are written to HBM."""
+        """Put `size` bytes into the L2, which evicts others if it is full. Returns the bytes written back to HBM."""
         out = max(0.0, self.held + size - self.capacity)
         written = out * min(1.0, self.dirty / self.capacity)
         self.held, self.evicted, self.dirty = self.held + size - out, self.evicted + out, self.dirty - written
@@ -44,16 +44,15 @@ class RandomL2:
 class L2(RandomL2):
     """Model of the L2 while the cores run a loop over tiles. Its byte counts are expected values.
 
-    Args:
-        reads: bytes of all operands of the loop.
-        capacity: bytes that the L2 can hold, above 0.
-        source: where the operands are before the loop, one of the four values below.
+    `source` says where the operands are before the loop:
 
     - "l2": in the L2, as far as they fit, since the op before has just written them.
     - "hbm": only in HBM. All loads miss the L2, and put their bytes into it.
     - "gathered": in HBM, and read by index. All loads miss the L2, and put nothing into it.
     - "selected": read by index, as with "gathered", but the L2 holds the operands too, since the op before has just
       written them.
+
+    reads: bytes of all operands of the loop. capacity: bytes that the L2 can hold, above 0.
     """
 
     def __init__(self, reads: float, capacity: float, source: Source) -> None:

@@ -35,7 +35,7 @@ class Span:
         core: number of the core.
         engine: name of the engine of the core that executed the instruction.
         start, end: seconds since the start of the run.
-        name: name of the instruction.
+        name: class name of the instruction, such as "Load".
         site: name of the op's place in the model, such as layers.3.mlp.down_proj.
     """
 

@@ -18,7 +18,7 @@ FORMATS = ("f32", "bf16", "f16", "e4m3", "int8", "int4", "i32")  # of formats.EL
 
 
 class MachineError(RuntimeError):
-    """Raised for what the hardware would refuse or compute wrongly: overflow, race, deadlock, index error."""
+    """Raised for instructions that the hardware would refuse or get wrong: overflow, race, deadlock, bad index."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Region:
         ) * self.stride + self.row_bytes if self.rows else self.address
 
     def overlaps(self, other: Region) -> bool:
-        """True if the two regions share a byte."""
+        """True if this region and the region `other` share at least one byte."""
         if self.space != other.space or not (self.nbytes and other.nbytes):
             return False
         a, b = (self, other) if self.rows <= other.rows else (other, self)
@@ -143,10 +143,10 @@ class Memory:
         return raw.view(dtype)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store `values` [rows, cols] in the region's format.
+        """Store the array `values` [rows, cols] in the region `r`, in the region's number format. Returns nothing.
 
         Values for a float format are rounded to nearest, ties to even. Values for an integer format must be whole
-        numbers in the format's range; this is not checked. Raises MachineError if the region lies outside the space.
+        numbers in the format's range; this is not checked. Raises MachineError if the region lies outside the memory.
         """
         indices = self.byte_indices(r)
         bits, dtype = formats.ELEMENTS[r.format]
@@ -187,7 +187,7 @@ class CoreMemory:
         return self.read(r).astype(np.float64)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store values [rows, cols] in a region, in the region's format; see Memory.write() for rounding and errors."""
+        """Store the array `values` [rows, cols] in the region `r`. See Memory.write() for rounding and errors."""
         self._watch(r, True)
         self.spaces[r.space].write(r, values)
 

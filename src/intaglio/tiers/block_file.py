@@ -22,7 +22,7 @@ CHECKSUM = hashlib.sha256().digest_size
 
 
 class BlockFileError(ValueError):
-    """Raised for a file that is not the K/V block that was asked for, or is damaged."""
+    """Raised if a file is damaged, or is not the file of the K/V block that was asked for."""
 
 
 def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:

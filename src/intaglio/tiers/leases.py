@@ -116,7 +116,7 @@ class Leases:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Returns a context manager that locks the leases, so that no other process or thread takes a lease or evicts.
+        """Returns a context manager that locks the leases. Then no other process or thread takes a lease or evicts.
 
         Raises TimeoutError if others hold the lock for LOCK_WAIT seconds, and OSError if the folder cannot be locked.
         """

@@ -166,7 +166,7 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """Name patterns of the weights that the port ignores, as a tuple: the value of Family.ignored.
+    """Patterns for the names of the weights that the port ignores, as a tuple: the value of Family.ignored.
 
     A pattern, such as *.cross_attn., stands for a module in the layers that the trace never called. prefix: the part of
     a weight's name before the list of layers.

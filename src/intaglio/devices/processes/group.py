@@ -63,7 +63,7 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """How to start one rank's process: its job, and the numbers of the CPU cores that it may use (() means all)."""
+    """The job of one rank's process, and the numbers of the CPU cores that it may use (() means all)."""
 
     job: Job
     cores: tuple[int, ...] = ()

@@ -351,10 +351,10 @@ def grouped_timing(
 def combine_loop(
     target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
-    """Returns a TileLoop that models the sum of each token's results over its experts, and the columns of a job.
+    """Returns (loop, width) for the kernel that sums the experts' results of each token.
 
-    The sum is computed in jobs. A job is one token and some of its columns; its largest number of columns is the second
-    result.
+    loop is a TileLoop, which models the kernel's time. A job of this loop is one token and some of its columns; width
+    is the largest number of columns of a job.
 
     Args:
         target: the chip and its kernel library.
@@ -382,9 +382,9 @@ def experts_parts(
     The labels, in this order, are:
 
     - ROUTING: the router and the sort of rows;
-    - ROUNDING: x and the inner rows are rounded (both together);
+    - ROUNDING: the launches that round x and the inner rows, added up;
     - PERMUTATION: rows of x are copied into the order of experts;
-    - "gate_up", "activation", "down": the layer itself;
+    - "gate_up", "activation", "down": the matrix products and the activation of the experts;
     - "zero": rows of other ranks' experts are set to zero;
     - "combine": the weighted sum for each token.
 

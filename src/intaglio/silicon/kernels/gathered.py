@@ -79,7 +79,7 @@ class GatherPlan:
 
 @dataclass(frozen=True)
 class GatherJob:
-    """One job in the time model: one token and some of its query heads.
+    """One job of the attention kernel, as its time model sees it: one token and some of its query heads.
 
     Attributes:
         place: name under which the L2 model knows the job's queries and results.

@@ -24,7 +24,7 @@ class L2Blocks(RandomL2):
         self.stored = self.gone = 0.0  # bytes of results: stored, and written back to HBM since
 
     def put(self, size: float, dirty: bool = False) -> float:
-        """Put `size` bytes into the L2, evicting others if it is full. Returns the bytes that are written back to HBM.
+        """Put `size` bytes into the L2, which evicts others if it is full. Returns the bytes that are written to HBM.
 
         dirty: True if HBM does not have these bytes, so that their later eviction writes them to HBM.
         """

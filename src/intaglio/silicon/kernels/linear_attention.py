@@ -64,7 +64,7 @@ class LinearAttentionKernel(SequenceKernel):
         return [4 * (row * self.values + at) for row in range(first, first + self.state_rows)]
 
     def result(self) -> Steps:
-        """Returns the program of the Map instruction that computes the results of some tokens.
+        """Returns the expression, in postfix form, that a Map instruction evaluates to compute the op's result.
 
         Its operands are the sum over the state (named a), the value (b) and the skip factor (c).
         """

@@ -66,7 +66,7 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
 
 def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
                 out_bytes: Any, heads: int, gm: Any, streamed: bool = False) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Returns the HBM bytes of `heads` products x [m, k] @ w.T [k, n]: (bytes of x, bytes of w, bytes written).
+    """Returns the HBM bytes of `heads` products x [m, k] @ w.T [k, n], as a triple (x read, w read, result written).
 
     Without an L2, each tile reads its rows of x and its rows of w, and the whole result is written. With an L2:
 
@@ -448,7 +448,7 @@ def product_times(
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
         def in_line(load_s: Any) -> Any:
-            """Returns the seconds of a tile's matmuls, if a step's operands are loaded during the previous matmuls.
+            """Returns a tile's seconds, if each step's operands are loaded during the matmuls of the step before.
 
             load_s: seconds to load one step's operands.
             """
@@ -508,7 +508,7 @@ def product_times(
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
     def transfers(read: Any, last_out: Any) -> Any:
-        """Returns the seconds in which HBM moves `read` bytes, and the bytes of stores that compete with these reads.
+        """Returns the seconds in which HBM moves `read` bytes together with the stores that compete with these reads.
 
         last_out: fraction of the stored bytes that are stored after the last load and so do not compete with reads.
         """

@@ -243,8 +243,8 @@ class ProductSteps:
     def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
         """Returns for each step of a job: (number of the operand's block in the L2, bytes of each row in this block).
 
-        If earlier steps have loaded all cache lines of a step, its item is the block of the step before and 0 bytes.
-        of: name of the operand, "x" or "w".
+        If earlier steps have loaded all cache lines of a step, its item has the block number of the step before, and 0
+        bytes. of: name of the operand, "x" or "w".
         """
         place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
         if place not in self.places:

@@ -111,7 +111,7 @@ class RowsKernel(ChipKernel):
         return 1
 
     def pieces(self) -> tuple[float, ...]:
-        """Returns the sizes of the pieces in which a core loads and stores the columns of one unit of work.
+        """Returns the sizes of the pieces in which a core loads and stores the columns of one job.
 
         Sizes are fractions of these columns; their sum is 1. The base class returns one piece.
         """
