@@ -21,6 +21,7 @@ FOLLOWED = 4  # depths of the ring after which a loop repeats itself; of a longe
 # Of loops that outgrow the L2:
 SETTLED = 6  # times the rounds that the L2 holds; from there on nearly all loads miss, and a round takes equally long
 GRID = 6  # loops are followed for numbers of rounds that grow by a part 1 / GRID
+FINER = 8  # parts between two of these numbers, for loops for which the last tiles matter
 PARTLY = 24  # rounds; of a shorter loop, parts of the last round are followed too
 MOST_ROUNDS = 600  # that the L2 holds; of a longer loop, a part is followed
 AHEAD = 0.5  # part of the time in which a core waits, and others have its bandwidth, see _Core.saved_s()
@@ -90,9 +91,9 @@ class TileLoop:
         The seconds are from the first load to the last store, without launch overhead. A model of the L2 decides which
         accesses miss; load_missed and store_missed are not used.
 
-        A loop that is short, or that just exceeds the L2, is simulated. A longer one is simulated only for the numbers
-        of jobs that followed_jobs() lists. For a number between two of these the result is interpolated, so that more
-        jobs never take less time.
+        A loop that exceeds the L2 is simulated only for some numbers of jobs: those that followed_jobs() lists, and
+        FINER times as many if it is short or just exceeds the L2. For a number between two of these the result is
+        interpolated, so that more jobs never take less time.
 
         source: where the operands are before the loop; see the class L2.
         """
@@ -115,9 +116,14 @@ class TileLoop:
             if jobs >= self.jobs:
                 break
         (low, low_s, low_bytes), (high, high_s, high_bytes) = points[-2:]
-        if k == 1 and self.jobs < max(PARTLY * cores, kept * (1 + 1 / GRID)):  # whether the last tiles miss matters
-            seconds, moved = evicting(one, target, source, self.jobs, 1)
-            return max(seconds, low_s if high >= self.jobs else high_s), moved
+        if k == 1 and high >= self.jobs and low < max(PARTLY * cores, kept * (1 + 1 / GRID)):
+            for jobs in sorted({low + (high - low) * n // FINER for n in range(1, FINER)} - {low}):
+                seconds, moved = evicting(one, target, source, jobs, 1)
+                point = jobs, min(max(seconds, low_s), high_s), min(max(moved, low_bytes), high_bytes)
+                if jobs >= self.jobs:
+                    high, high_s, high_bytes = point
+                    break
+                low, low_s, low_bytes = point
         now, before, after = (usual(jobs) for jobs in (self.jobs, low, high))
         share = (self.jobs - low) / (high - low)
         part = (now - before) / (after - before) if after > before else share
