@@ -78,7 +78,9 @@ class _Cores:
 
 @dataclass(slots=True)
 class _Flows:
-    """The transfers in flight that run at the same rate, because HBM moves the same number of bytes per byte of each.
+    """A group of transfers in flight that all run at the same rate.
+
+    HBM moves the same number of bytes for each byte of these transfers.
 
     Attributes:
         moved: bytes that a transfer has moved if it has been in flight since the first of these began.
@@ -157,7 +159,7 @@ class _Loop:
         self.missing += missing
 
     def end(self, flow: _Flows) -> _Cores:
-        """End the first transfer of `flow` to finish, at the current time. Returns the group of cores that made it."""
+        """End the transfer of `flow` that finishes first, at the current time. Returns its group of cores."""
         _, _, core, store, missing, latency_s, ready = heapq.heappop(flow.ends)
         self.users -= core.of.count
         self.missing -= missing
