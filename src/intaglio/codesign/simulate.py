@@ -227,11 +227,11 @@ class Simulation:
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """Text for the error message of check(), for a load of which not even one request fits: what would fit instead.
+        """The text that check() adds to its error if the chips cannot hold even one request: what they could hold.
 
         The text names the longest prompt with which one request would fit. If no prompt is short enough, it names the
         longest response with which one request would fit. If no response is short enough either, it says that neither
-        helps.
+        helps. s: the lengths of the requests that do not fit.
         """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:

@@ -21,7 +21,9 @@ TWICE_E2M1 = (np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype
 
 @dataclass(frozen=True)
 class Part:
-    """Says which part of a stored tensor (codes, scales or zeros) is needed to decode some rows of a matrix.
+    """Rule that maps rows of a matrix to the part of a stored tensor (codes, scales or zeros) that decodes them.
+
+    cut() returns this part.
 
     Attributes:
         axis: the axis of the tensor that corresponds to the rows of the matrix; None: any rows need the whole tensor.

@@ -448,9 +448,10 @@ def product_times(
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
         def in_line(load_s: Any) -> Any:
-            """Returns the seconds of a tile's matmuls, if a step's operands are loaded during the previous matmuls.
+            """Returns the seconds to multiply one tile, all steps over K, with loads hidden behind matmuls.
 
-            load_s: seconds to load one step's operands.
+            While the matmuls of one step run, the operands of the next step are loaded, so a step takes the longer of
+            the two. load_s: seconds to load one step's operands.
             """
             return (steps - 1) * np.maximum(load_s, work) + np.maximum(load_s * last_part / tk, last_work)
 
