@@ -232,9 +232,10 @@ class Batch:
 
     @cached_property
     def of_windows(self) -> Batch:
-        """A copy of this Batch for sliding-window layers: window_slots are its `slots`, window_table its `block_table`.
+        """A Batch like this one, for sliding-window layers.
 
-        If sliding-window layers have no K/V blocks of their own, it is this Batch itself.
+        Its `slots` are this Batch's window_slots, and its `block_table` is this Batch's window_table. If sliding-window
+        layers have no K/V blocks of their own, the result is this Batch itself.
         """
         t, s, r, columns, windows = self.counts
         if not windows:

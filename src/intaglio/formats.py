@@ -149,7 +149,7 @@ class Format:
 
     @property
     def block(self) -> int:
-        """The number of consecutive values of a row that ranks may not divide among themselves.
+        """The number of consecutive values of a row that must stay together on one rank.
 
         0 for plain formats, whose rows may be divided anywhere; ROW (-1) if a row must stay whole. Values that share a
         scale stay together. In q4_k, q5_k and q6_k all scales of 256 values are multiples of one stored number, so
@@ -223,11 +223,11 @@ def get(name: str) -> Format:
 
 
 def element(name: str) -> str:
-    """The name of the format in which chips multiply a single value of the format `name`, without its scale.
+    """The name of the format of a single value, without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
 
-    Examples: e4m3 for fp8row, int8 for int8g128, bf16 for bf16. Some formats have codes that no simulated chip
-    multiplies directly: formats with zeros or minima, and formats only read from checkpoints (uint4g32, q4_k,
-    int8rowf32). For these formats the result is `name` itself. Raises FormatError for an unknown name.
+    Chips multiply values in this format. Some formats have codes that no simulated chip multiplies directly: formats
+    with zeros or minima, and formats only read from checkpoints (uint4g32, q4_k, int8rowf32). For these formats the
+    result is `name` itself. Raises FormatError for an unknown name.
     """
     return name if name in ELEMENTS else get(name).element
 
@@ -302,9 +302,9 @@ class Quantised:
         return values if self.minima is None else values - self.spread(self.minima[ids])
 
     def spread(self, x: np.ndarray) -> np.ndarray:
-        """An array with one value per group, repeated so that it has one value per column.
+        """Each value of `x` repeated for all columns of its group, as an array [..., K].
 
-        x: [..., groups], such as `scales`. Returns [..., K].
+        x: one value per group, [..., groups], such as `scales`.
         """
         return np.repeat(x, self.group, axis=-1)[..., : self.codes.shape[-1]]
 
@@ -331,9 +331,9 @@ class Quantised:
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """A stack of equal matrices made from the consecutive rows of this matrix, as a Quantised.
+        """This matrix cut into a stack of E matrices of N rows each, as a Quantised.
 
-        shape: [E, N, K] of the stack. This matrix must have E * N rows. Each array [E * N, ...] becomes [E, N, ...].
+        shape: (E, N, K). This matrix must have E * N rows. Each array [E * N, ...] becomes [E, N, ...].
         """
         return self.each(lambda x: x.reshape(*shape[:-1], -1))
 

@@ -80,7 +80,7 @@ def measured_generations(engine: str, kernel: str) -> tuple[str, ...]:
 
 
 def lender(entry: dict[str, Any], wanted: str) -> str:
-    """Returns the name of the chip generation whose values an engine's kernel uses on chips of the generation `wanted`.
+    """Returns the name of the chip generation from which a kernel takes its values, for chips of generation `wanted`.
 
     entry: the kernel's table `[[kernels]]` in the engine's file. If the table has values for `wanted`, the result is
     `wanted`. Otherwise it is the first of GENERATIONS for which the table has values; "" if it has values for none.
@@ -129,10 +129,10 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
 
 
 def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
-    """Returns a copy of a collective's record whose link constants are converted from another generation of chips.
+    """Returns a copy of a collective's KernelRecord, with link constants converted to the chips of `base`.
 
-    Each constant is multiplied by the ratio of a value in `base` to the same value in the other generation's library.
-    The record itself is returned if it describes another kind of kernel, and if `lent` is base.generation or "".
+    Each constant is multiplied by the ratio of a value in `base` to the same value in the library of `lent`. The record
+    itself is returned if it is not of a collective, or if `lent` is base.generation or "".
 
     Args:
         record: the kernel's record.

@@ -162,9 +162,9 @@ class KernelLibrary:
         return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
 
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
-        """Returns a copy of the library that describes one kernel, by the values of its record; `kernels` is empty.
+        """Returns a copy of the library that describes only one kernel, with the field values that `record` sets.
 
-        record: the kernel's record; None: the copy keeps the library's own values.
+        In the copy, `kernels` is empty. record: the kernel's record; None: the copy keeps the library's own values.
         """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 

@@ -110,9 +110,10 @@ def given_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int], budget: int,
     progress: Progress,
 ) -> list[tuple[str, str, ApartResult]]:  # fmt: skip
-    """Returns a list of (prefill layout, decode layout, ApartResult): one for each pair of layouts at each concurrency.
+    """Simulate servers with disaggregated prefill and decode, for each pair of layouts at each concurrency.
 
-    An ApartResult holds the modelled latencies and rates of such a deployment.
+    Returns a list of (prefill layout, decode layout, ApartResult). The ApartResult has the modelled latencies and rates
+    of the servers.
 
     Args:
         q: the model and its load.

@@ -45,7 +45,7 @@ def bench(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure prefill and decode, and print each speed beside its bound by memory bandwidth or peak FLOP/s."""
+    """Measure prefill and decode; print each speed beside the limit that memory bandwidth or peak FLOP/s sets."""
     check_measurable(device)
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
@@ -75,7 +75,7 @@ def profile(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Show where a step's time goes: each op beside its roofline bound, and which ops lose most.
+    """Print the time of each op in a step beside its roofline bound, then the ops with the most time above it.
 
     With a layout, also show how long each rank was in collectives and for which rank it waited.
     """
@@ -176,10 +176,10 @@ def profile_table(p: Profile) -> Table:
 
 
 def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
-    """Measure what `intaglio bench model` prints. Returns (rows of its table, reason why they have no roofline bounds).
+    """Measure what `intaglio bench model` prints. Returns (rows of its table, reason).
 
-    The reason is "" if the rows have roofline bounds. sizes: keyword arguments of measure.bench.bench(), such as the
-    prompt lengths.
+    The reason says why the rows have no roofline bounds; it is "" if they have bounds. sizes: keyword arguments of
+    measure.bench.bench(), such as the prompt lengths.
     """
     from intaglio.measure.bench import bench
 

@@ -86,7 +86,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
-    """Returns two lines, in one text: the modelled times, on a chip, of a prefill and of the decode step after it.
+    """Returns a text of two lines: the modelled time of a prefill on a chip, and of the decode step after it.
 
     The prompt has 256 tokens, or one token less than the context if that is shorter. chip_name: a preset chip, such as
     sohu.

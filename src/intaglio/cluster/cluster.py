@@ -287,7 +287,7 @@ class Cluster:
                 process.kill()
 
     async def _tidy(self) -> None:
-        """Shorten the log files of replicas that have become long, again and again. Runs until cancelled."""
+        """Shorten long log files of replicas, every TIDY seconds. Runs until cancelled."""
         while True:
             await asyncio.sleep(TIDY)
             for process in self.processes.values():

@@ -70,10 +70,10 @@ class Call:
         return start, bytes(whole)
 
     def move(self) -> None:
-        """Tell the task that reads the answer to continue the request at another replica. Returns nothing.
+        """Make frame() raise Moved, once it has returned the frames that have already arrived. Returns nothing.
 
-        The replica of this call is being drained. The task's calls of frame() return the frames that have already
-        arrived, and then raise Moved.
+        Moved tells the task that calls frame() to continue the request at another replica, because the replica of this
+        call is being drained.
         """
         self.put(Moved())
 

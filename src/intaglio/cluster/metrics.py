@@ -65,7 +65,7 @@ class RouterMetrics:
     def ended(self, request: RelayedRequest) -> None:
         """Record the latencies of a request that has ended.
 
-        The time of the whole request is recorded by replica and status, the time to the first token by replica.
+        The time of the whole request is labelled with replica and status, the time to the first token with the replica.
         """
         now = self.backends.clock()
         seconds = now - request.began

@@ -34,7 +34,7 @@ class TimeLimits:
 def make_job(
     id: str, body: dict[str, Any], memory: PromptMemory, now: float, limits: TimeLimits, tenant: str, output: float
 ) -> Job:
-    """Returns the Job (what the router plans with) of a generation request.
+    """Returns the Job of a generation request: the facts by which the router places it, such as its length.
 
     Args:
         id: the job's id.

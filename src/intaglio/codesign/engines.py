@@ -137,7 +137,7 @@ class EngineProfile:
             )
 
     def is_older(self, release: str) -> bool:
-        """True if `release` is an older release of the engine: before self.older["before"], or "" (not known).
+        """True if `release` is older than the release in self.older["before"], or if `release` is "" (not known).
 
         False if the profile has no values for older releases, and for a release whose name does not start with a
         number.

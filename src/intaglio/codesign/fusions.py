@@ -129,16 +129,16 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """Find norms over whole rows that each chip can compute from its own columns, so that no all-gather is needed.
+    """Choose kernels that compute norms without the all-gathers before them. Returns (dropped, kernels).
 
     A norm qualifies if it is the only op that reads the result of an all-gather. Instead of gathering, each chip sums
     the squares of its own columns. One all_reduce in float32 for each layer then adds up these sums over the chips, for
-    all such norms of the layer. The Program is not changed.
+    all qualifying norms of the layer. The Program is not changed.
 
-    Returns (dropped, kernels). `dropped` is a set of sites (names of an op's place in the model) of ops that are not
-    launched. `kernels` is {site of an op: kernel that replaces the op's own}. The first all-gather of a layer is
-    replaced by the all_reduce, the layer's other all-gathers are dropped, and each norm is replaced by a norm over one
-    chip's columns. Both results are empty if no norm qualifies.
+    `dropped` is a set of sites (names of an op's place in the model) of ops that are not launched. `kernels` is {site
+    of an op: kernel that replaces the op's own}. The first all-gather of a layer is replaced by the all_reduce, the
+    layer's other all-gathers are dropped, and each norm is replaced by a norm over one chip's columns. Both results are
+    empty if no norm qualifies.
 
     program: the Program of one rank. ops: its ops, without experts. users: {tensor name: list of ops that read the
     tensor}.

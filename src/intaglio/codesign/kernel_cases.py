@@ -71,7 +71,7 @@ def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
 
 
 def batch_of(chunks: list[tuple[int, int]]) -> Batch:
-    """Returns a Batch with one sequence for each of `chunks`, which wants the logits of each sequence's last token.
+    """Returns a Batch with one sequence for each of `chunks`. The logits of each sequence's last token are wanted.
 
     chunks: (number of new tokens, number of keys before them) of each sequence. Each sequence has two slots of
     recurrent state. It writes one, and reads the other if it has keys before the new tokens.
@@ -326,10 +326,10 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
 
 
 def pool_keys(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op PoolKeys, which pools runs of 4 or 64 tokens into entries.
+    """Returns a random Case (one call to time) of the op PoolKeys, which pools 4 or 64 tokens into one cache entry.
 
-    A run of 4 tokens is pooled together with the preceding run. The batch is a prompt, or sequences of one token, each
-    of which completes a run.
+    The tokens are consecutive: a run. A run of 4 tokens is pooled together with the preceding run. The batch is a
+    prompt, or sequences of one token each; this token completes a run.
     """
     overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
     every = 4 if overlap else 64

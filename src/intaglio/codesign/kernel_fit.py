@@ -47,7 +47,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Measured rows of one kernel on one chip.
+    """Measured latencies of one kernel on one chip: rows of a benchmark's table.
 
     Attributes:
         on: the chip with its own kernel library.
@@ -348,9 +348,9 @@ def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str,
 
 
 def by_chip(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
-    """Returns a dict {name of a chip: values of the chip's case}.
+    """Returns the kernel's values by chip: {name of a chip: {name of a constant or fact: value}}.
 
-    values: for each of `cases`, in the same order, a dict {name of a constant or fact: value}.
+    cases: measured rows, one Case for each chip. values: the kernel's values for each of `cases`, in the same order.
     """
     return {c.on.chip.name: v for c, v in zip(cases, values, strict=True)}
 

@@ -80,7 +80,7 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
 
 
 def page_bytes(program: Program) -> tuple[int, int]:
-    """Bytes of one K/V block of BLOCK tokens on one chip, as a pair of ints (full, windowed).
+    """Returns (full, windowed): the bytes that a K/V block of BLOCK tokens takes in two groups of layers of one chip.
 
     `full` is the sum over all layers without a sliding window. `windowed` is the sum over all layers with one, whose
     caches are in `program.windows`.

@@ -84,7 +84,7 @@ def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """A random chip, as a pair: its Target, and a tuple of pairs (field name, value) that were changed.
+    """Returns (Target with a random chip, changed fields). The fields are a tuple of pairs (field name, new value).
 
     The chip is one of the shipped chips. In half of the cases four of its rates or sizes are scaled by random factors
     from 1/3 to 3. In the other half nothing is scaled and the tuple is empty. The chip always has 10 TB of HBM, so that
@@ -102,7 +102,7 @@ def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, floa
 
 
 def random_model(rng: np.random.Generator) -> tuple[str, Program]:
-    """A small random model with two layers, Llama or Mixtral, as a pair: its sizes as text, and its Program."""
+    """Returns (sizes as text, Program) of a small random model with two layers, Llama or Mixtral."""
     heads = int(rng.choice([8, 16, 32, 64]))
     kv = int(rng.choice([k for k in (8, 16, 32) if k <= heads]))
     hidden, inner = int(rng.integers(2, 17)) * 512, int(rng.integers(2, 29)) * 512

@@ -46,10 +46,11 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The way to serve a model on a chip that the timing model recommends, compared with the best measured way.
+    """Comparison of the recommended way to serve a model on a chip with the best measured way.
 
-    A point is a way to serve that a benchmark measured: a layout and a number of open requests. If the compared rows
-    differ in further columns, such as the engine, their values belong to the point too.
+    The recommended way has the highest modelled output tokens/s per chip. A point is a way to serve that a benchmark
+    measured: a layout and a number of open requests. If the compared rows differ in further columns, such as the
+    engine, their values belong to the point too.
 
     Attributes:
         question: texts that all compared rows have in common, such as model, chip and engine; and "N open" if only
@@ -79,7 +80,7 @@ def rankings(
     compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
     least_layouts: int = 2, apart: bool = False,
 ) -> list[Ranked]:  # fmt: skip
-    """Compare recommended ways to serve with those that measured best. Returns a list of Ranked, one for each case.
+    """Compare recommended ways to serve with the best measured ways. Returns a list with a Ranked for each case.
 
     Measured rows are first grouped into cases: the rows of a case have equal values in the columns `same`, such as LLM,
     chip and engine. The rows of a case are then grouped into points, the ways to serve that were measured: the rows of

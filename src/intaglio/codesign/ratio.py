@@ -58,7 +58,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A division into prefill and decode servers, with its load and its expected rate.
+    """Numbers of prefill servers and decode servers of a deployment, with its load and its expected rate.
 
     Attributes:
         prefill: number of prefill servers.

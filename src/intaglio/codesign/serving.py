@@ -64,7 +64,7 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest latencies of a request that are acceptable, in seconds; inf: no limit.
+    """The largest acceptable latencies of a request, in seconds; inf: no limit.
 
     Attributes:
         ttft: limit of the time to the first token.

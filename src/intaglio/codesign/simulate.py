@@ -227,11 +227,11 @@ class Simulation:
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """The text that check() adds to its error if the chips cannot hold even one request: what they could hold.
+        """A clause for the error message of check(): what would fit, if not even one request of the load `s` fits.
 
-        The text names the longest prompt with which one request would fit. If no prompt is short enough, it names the
+        The clause names the longest prompt with which one request would fit. If no prompt is short enough, it names the
         longest response with which one request would fit. If no response is short enough either, it says that neither
-        helps. s: the lengths of the requests that do not fit.
+        helps.
         """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:
@@ -309,12 +309,12 @@ def main_format(plans: Sequence[Plan]) -> str:
 def what_helps(
     programs: Sequence[Program], target: Target, layout: str, s: Serving, progress: Progress = silent
 ) -> list[tuple[str, float]]:
-    """The speed-up that each change in CHANGES brings alone, as a list of (change, speed-up), the largest first.
+    """The speed-up that each change in CHANGES gives on its own: a list of (change, speed-up), the largest first.
 
-    A change is an improvement of the hardware or its software, given by its name. The speed-up is the time between two
-    steps without the change, divided by the time with it; 1.0 means no effect. The steps have prompts and decoding
-    sequences, or only prompts if each request has one output token. Raises ChipError if the chips cannot hold the load,
-    ValueError for requests longer than the model's context.
+    A change is an improvement of the hardware or its software, given by its name. The speed-up is the period of steps
+    (from the start of one step to the start of the next) without the change, divided by the period with it. 1.0 means
+    no effect. The steps have prompts and decoding sequences, or only prompts if each request has one output token.
+    Raises ChipError if the chips cannot hold the load, ValueError for requests longer than the model's context.
 
     Args:
         programs: for each pipeline stage, the Program of one rank.

@@ -217,7 +217,7 @@ class Question:
 
 
 class Candidate:
-    """A kind of chip and a placement of the model on such chips, for which a search computes rates and latencies.
+    """A candidate in a search for designs: a kind of chip, and a placement of the model on chips of this kind.
 
     Attributes:
         question: the model, its load and the latency limits.

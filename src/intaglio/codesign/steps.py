@@ -162,7 +162,7 @@ class Server:
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
-        """Bytes of K/V that one token takes on one chip, in all of its layers: the chip where it takes the most."""
+        """Bytes of K/V per token on one chip: the sum over the chip's layers, for the chip with the largest sum."""
         return max(sum(page_bytes(p)) for p in self.stages) / BLOCK
 
     def kv_bytes(self, length: float, room: KvRoom) -> float:
@@ -175,10 +175,9 @@ class Server:
 
 
 def weights_of(p: Program, of_experts: bool) -> set[str]:
-    """Names of the Program's weights that belong to routed experts, or of all others, as a set.
+    """Names of the weights of routed experts if `of_experts` is True, otherwise of all other weights, as a set.
 
-    of_experts: True for the weights of routed experts, which are the weights that ops of class Experts read. False for
-    all other weights, such as the router's.
+    Weights of routed experts are the weights that ops of class Experts read. The router's weights are not among them.
     """
     routed = {n for op in p.ops if isinstance(op, Experts) for n in op.inputs if p.tensors[n].role == "weight"}
     return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
@@ -300,9 +299,9 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel `kernel` with the number formats of weights and activations in which this server's chips run it.
+        """A copy of the kernel with the number formats that this server's chips use for its weights and activations.
 
-        A kernel of a matrix product or of experts is copied; any other kernel is returned unchanged. In the copy,
+        Only kernels of matrix products and of experts are copied; any other kernel is returned unchanged. In the copy,
         weights in nvfp4 (e2m1 codes with scales) have the format e2m1. The format of the activations depends on
         self.server.activations:
 
@@ -379,12 +378,12 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """How many times as many K/V bytes a decode step reads with self.queries tokens per sequence as with one token.
+        """Ratio of the K/V bytes that a decode step reads to the bytes that it would read with one token per sequence.
 
-        It is a whole number of 1 or more. The rows of all queries, and of all heads that share a K/V head, are
-        multiplied in tiles of library.min_query_rows rows. Each tile reads the keys and values once. The result is
-        therefore the number of tiles for self.queries tokens, divided by the number of tiles for one token and rounded
-        down.
+        The step has self.queries tokens per sequence. The result is a whole number of 1 or more. The rows of all
+        queries, and of all heads that share a K/V head, are multiplied in tiles of library.min_query_rows rows. Each
+        tile reads the keys and values once. The result is therefore the number of tiles for self.queries tokens,
+        divided by the number of tiles for one token and rounded down.
         """
         tile = self.target.library.min_query_rows
         shared = [

@@ -209,7 +209,7 @@ def experts(on: Target, row: Row) -> Timing:
 
 
 def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:
-    """Numbers of rows that the experts of one rank compute: the most loaded of `ep` ranks. A tuple, one int per expert.
+    """How many rows each expert on the most loaded of `ep` ranks computes, as a tuple with one int per expert.
 
     Args:
         tokens: number of tokens in the batch.

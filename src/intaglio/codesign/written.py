@@ -15,7 +15,10 @@ UNWRITTEN = ("name", "description", "reasons", "kernels", "protocols")
 
 
 def toml(value: Any) -> str:
-    """The value as TOML text, for a chip or library file. Raises TypeError for a type that these files do not use."""
+    """The value as TOML text, for a chip or library file.
+
+    value: a bool, a number or a text, or a tuple or list of such values. Raises TypeError for any other type.
+    """
     match value:
         case bool():
             return str(value).lower()

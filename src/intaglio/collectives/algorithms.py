@@ -297,7 +297,7 @@ BLOCKS = {
 
 
 def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` the steps of its collective (all_reduce, reduce_scatter or all_gather) over all ranks.
+    """Add to `w` the steps of the collective w.names[0] over all ranks: all_reduce, reduce_scatter or all_gather.
 
     algorithm: a key of BLOCKS. An all_reduce is a reduce-scatter followed by an all-gather. `node` is not used. Returns
     nothing.
@@ -329,7 +329,7 @@ def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` the steps of its collective (all_reduce, reduce_scatter or all_gather) in two levels.
+    """Add to `w` the steps of the collective w.names[0] in two levels: all_reduce, reduce_scatter or all_gather.
 
     There are nodes of `node` ranks each. A reduce-scatter runs first inside each node, then between the ranks that have
     the same place in their nodes. An all-gather runs first between these ranks, then inside each node. `algorithm` is

@@ -130,10 +130,10 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
 
 
 def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
-    """Yield a message for each output chunk of a schedule that does not have each rank's contribution exactly once.
+    """Yield a message, as text, for each wrong output chunk of a rank.
 
-    The message says that a rank does not get the chunk, that a contribution is missing or repeated, or that two ranks
-    sum the chunk in different orders.
+    A chunk is wrong in these cases: the rank does not get it; it does not have the contribution of each rank in
+    contributors() exactly once; another rank sums it in another order.
     """
     held = trace(s)
     alike: dict[int, Sum] = {}

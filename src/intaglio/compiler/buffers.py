@@ -12,14 +12,14 @@ from intaglio.program import Program
 
 
 def plan_buffers(p: Program) -> Program:
-    """A copy of the Program in which each temp has a buffer, the number of a piece of memory.
+    """A copy of the Program in which each temp (intermediate result) has the number of a buffer.
 
-    A temp is a result of an op that is no output of the Program. Temps whose lifetimes do not overlap share a buffer.
-    Buffers are assigned in one scan over the ops, like registers. A temp takes the narrowest free buffer that is wide
-    enough. If none is, the widest free buffer is widened; if none is free, a new buffer is made. A view uses the buffer
-    of the tensor that it views. A result of an op never shares a buffer with the op's operands. Temps with T rows (one
-    per token) and temps with R rows (one per row of logits) have separate buffers, since the two numbers vary
-    independently.
+    A buffer is a piece of memory. A temp is an op's result that is not an output of the Program. Temps whose lifetimes
+    do not overlap share a buffer. Buffers are assigned in one scan over the ops, like registers. A temp takes the
+    narrowest free buffer that is wide enough. If none is, the widest free buffer is widened; if none is free, a new
+    buffer is made. A view uses the buffer of the tensor that it views. A result of an op never shares a buffer with the
+    op's operands. Temps with T rows (one per token) and temps with R rows (one per row of logits) have separate
+    buffers, since the two numbers vary independently.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []

@@ -172,7 +172,7 @@ def _sharded(
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """The set of names of the quantised weights whose values are stored in the Program as in the checkpoint.
+    """Names of the quantised weights that keep the checkpoint's number format, and so its codes, as a set.
 
     They are the quantised weights with the same format in both Programs. ported: the Program with the checkpoint's
     formats. whole: the same Program after set_weight_formats().

@@ -102,7 +102,7 @@ def _output_heads(p: Program, products: list[Op]) -> set[str]:
 
 
 def fitted(name: str, *weights: Tensor) -> str:
-    """The name of the format `name` with a group size that fits all the weights.
+    """Choose a group size for the format `name` that fits all the weights. Returns the format's new name.
 
     A group size fits if it divides the number of columns of each weight. In a format with groups of 128 values, the
     group becomes the largest of 128, 96, 64 and 32 that divides the columns of all weights, because padding would be

@@ -37,7 +37,7 @@ def _layer(site: str) -> str:
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes) for each other way to split a joined q, k, v matrix.
+    """Yield triples (site, text, changes) that split the joined q, k, v matrix of an attention op in another way.
 
     A checkpoint may store the matrix by head (the query heads of a K/V head, then its key, then its value), or all of
     q, then all of k, then all of v. The port may have split it in the wrong way. Only attention whose q, k or v is
@@ -70,7 +70,7 @@ def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[V
 
 
 def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
-    """True if the rows of q, k and v can be stored by head, so that each K/V head follows its query heads.
+    """True if the rows of q, k and v can be put in an order in which each K/V head follows its query heads.
 
     This requires the same number of rows for every head, and a number of query heads that is a multiple of the K/V
     heads.

@@ -179,7 +179,7 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def lacking(trial: Trial) -> float:
-    """Return how many tensors the port of `trial` reads that the tiny model does not have.
+    """Return the number of tensors that the port of `trial` reads and the tiny model lacks.
 
     The result is inf if the port failed for another reason.
     """

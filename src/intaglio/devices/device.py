@@ -283,7 +283,7 @@ class Executable(ABC):
         return True
 
     def switch_experts(self) -> None:
-        """Use the experts that load_experts() has loaded in all steps launched from now on. Returns None.
+        """Make all steps launched from now on use the experts that load_experts() has loaded. Returns None.
 
         Waits until loading has ended. Nothing changes if load_experts() was not called since the last switch. Raises
         DeviceError if the executable cannot move experts or loading failed, and DeviceLost if the device is lost.
@@ -334,7 +334,7 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that run one rank of a mesh each. Several of them can run in one process.
+    """Base class of executables for one rank of a mesh. The executables of several ranks can run in one process.
 
     A step is a generator. At each collective it yields this rank's input and is sent this rank's output; the caller
     computes the outputs from the inputs of all ranks. At its end the generator returns the StepResult.

@@ -12,7 +12,7 @@ from intaglio.program.expert_placement import Ranks
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How many tokens each expert of one layer has computed, and which rank holds which experts.
+    """Token counts of all experts of one layer, and the numbers of the experts that each rank holds.
 
     Attributes:
         tokens: for each expert, the number of tokens routed to it since the Program was loaded, i64 [experts].

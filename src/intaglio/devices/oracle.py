@@ -154,14 +154,14 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
-        """True if a sequence's window blocks hold the right contents for all tokens that a query can see.
+        """True if the K/V slots of a sequence's last `state.window` tokens hold the right contents (sliding window).
 
-        The query is that of the last token in `held`. It sees the last `state.window` tokens, itself included.
+        The last token in `held` is the last of these tokens.
 
         Args:
             batch: the step's batch.
             s: the sequence's index in the batch.
-            held: the right contents of the slots of all tokens up to the query's own: hashes made by link().
+            held: the right contents of the slots of all tokens up to this last token: hashes made by link().
         """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]

@@ -92,7 +92,7 @@ class ChipExecutable(BlockingExecutable):
 
 
 class TimeOnlyExecutable(BlockingExecutable):
-    """Computes no values: every next token has id 0. For studies of time alone, with models of any size."""
+    """An Executable that computes nothing: every next token has id 0. For studies of time, with models of any size."""
 
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state = program, state

@@ -151,9 +151,9 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode for each pair of a number of sequences and a prompt length.
+    """Measure the speed of prefill and decode, for every batch size with every prompt length.
 
-    Returns a list with two Rows for each pair: prefill, then decode. Overwrites the executable's K/V cache. Raises
+    Returns a list with two Rows for each such pair: prefill, then decode. Overwrites the executable's K/V cache. Raises
     BenchError if a pair does not fit the executable, see check_size().
 
     Args:
@@ -161,7 +161,7 @@ def bench(
         roofs: the computer's limits, from which roofline bounds are computed; None: the Rows have no bounds.
         lengths: prompt lengths. None: the lengths in LENGTHS that fit the context together with the decode steps; if
             none of them fits, the longest length that does.
-        sequences: numbers of sequences run together.
+        sequences: batch sizes, as numbers of sequences run together.
         runs: number of times that each pair is measured; a Row has the median.
         max_batch_tokens: largest number of tokens of a prefill step.
         clock: function that returns the time in seconds.
@@ -208,7 +208,7 @@ class Stopwatch:
         self.done, self.total, self.what = 0, 0, ""
 
     def expect(self, steps: Sequence[Batch], runs: int) -> None:
-        """Add `runs` runs of these steps to the total that progress is reported against."""
+        """Add the number of tokens in `runs` runs of `steps` to `total`. Returns None."""
         self.total += runs * sum(_cost(batch) for batch in steps)
 
     def times(self, steps: Sequence[Batch]) -> list[float]:

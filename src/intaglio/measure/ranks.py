@@ -42,7 +42,7 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Run decode steps with the time of each op. Returns runs * DECODE_STEPS StepResults.
+    """Run decode steps and time each op. Returns the StepResults of runs * DECODE_STEPS steps, as a list.
 
     Each run decodes DECODE_STEPS tokens after short prompts. One more run before them is a warm-up and is left out.
     Overwrites the K/V cache. sequences: number of sequences in a step.

@@ -79,7 +79,7 @@ def trace(name: str) -> Trace:
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """The factor that makes the lengths of trace `t` fit a context: multiplied by it, about 99 of 100 requests fit.
+    """The factor by which to multiply the lengths of trace `t`, so that about 99 of 100 requests fit a context.
 
     context: length of the context in tokens. The factor is 1 if the lengths fit unchanged, or if `context` is None or
     0. It is never above 1.

@@ -172,7 +172,7 @@ def account(path: str | Path, context: int | None = None) -> Account:
 
 
 def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The weights of the Program that each tensor of the checkpoint becomes, as two dicts.
+    """Find the weights of the Program that are made from each tensor of a checkpoint. Returns two dicts.
 
     The first dict is {name of a stored tensor: list of the names of the weights made from it}. The second is {name of a
     stored tensor: number format of the first weight in that list}. A tensor that no weight is made from is in neither

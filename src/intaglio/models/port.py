@@ -192,7 +192,7 @@ def port_config(
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """Returns (the Family, that is the port, for a config; text that says which key of the config named it).
+    """Find the port for a config. Returns (Family, text with the config key that decided and its value).
 
     As in transformers, `architectures` decides if its class belongs to model_type, or if model_type is unknown;
     otherwise model_type decides. Raises PortError if there is no port. where: the checkpoint, for errors.
@@ -483,7 +483,7 @@ def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
 
 
 def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """Returns a list of prefixes of tensor names: tensors of multi-token-prediction layers, which Programs do not use.
+    """Returns the name prefixes of multi-token-prediction tensors, as a list. Programs do not use these tensors.
 
     config: contents of config.json. prefix: prefix of the decoder's tensor names, such as "model.".
     """

@@ -53,9 +53,9 @@ def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: n
 
 
 def check_chosen(op: Op, t: Tensors, name: str | None, what: str) -> None:
-    """Raise OpError unless `name` is None or the name of a tensor i32 [T, n], with a row for each token.
+    """Raise OpError if the tensor `name` is not i32 [T, n]. Returns nothing.
 
-    Such a tensor is an operand that lists the positions or entries that each token attends to. Returns nothing.
+    The tensor lists in row t the positions or entries that token t attends to. None is also allowed.
 
     Args:
         op: the op that has the operand.
@@ -127,9 +127,9 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """Returns a tuple of the op's two writes, keys and values, each as (operand, cache, scales or None), by name.
+        """Returns ((k, k_cache, k_scale), (v, v_cache, v_scale)), the tensor names that the op has in these fields.
 
-        The tuple has one item if keys and values are the same operand in the same cache.
+        Without the second item if `v` and `v_cache` are the same as `k` and `k_cache`. A scale may be None.
         """
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
         return (keys,) if keys[:2] == values[:2] else (keys, values)

@@ -97,7 +97,7 @@ class Linear(Op, kind="linear"):
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """A tuple with the weight whose gate and up rows a device stores alternately: (w,) if `glu` is set, else ()."""
+        """The tuple (w,) if `glu` is set, else (). A device stores a gate row and an up row of w in turn."""
         return (self.w,) if self.glu else ()
 
     def shapes(self, t: Tensors) -> Results:

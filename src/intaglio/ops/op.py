@@ -104,7 +104,7 @@ Results = dict[str, tuple[Shape, str]]  # result name -> shape and format
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic and memory traffic of an op in one step.
+    """Numbers of arithmetic operations and of moved bytes of an op in one step.
 
     Attributes:
         flops: number of floating-point or integer operations; a multiply-add counts as two.
@@ -154,7 +154,7 @@ def operand(
     keys: bool = False,
     up: str = "",
 ) -> Any:
-    """Returns a dataclass field of an op's class for a tensor that the op reads, or for state that the op updates.
+    """Declare a field of an op's class for a tensor that the op reads or for state. Returns a dataclasses.field().
 
     Raises TypeError for an unknown use or access, or an access that does not fit the use.
 
@@ -182,7 +182,7 @@ def operand(
 
 
 def result(optional: bool = False) -> Any:
-    """Returns a dataclass field of an op's class for a tensor that the op writes.
+    """Declare a field of an op's class for a tensor that the op writes. Returns a dataclasses.field().
 
     optional: True if the field may be None.
     """
@@ -280,10 +280,9 @@ class Op:
     @classmethod
     @cache
     def fields_where(cls, **facts: Any) -> tuple[str, ...]:
-        """Returns the names of the class's operand fields that were declared with given arguments of operand().
+        """Returns a tuple of the names of the class's operand fields that were declared with all of `facts`.
 
-        They are a tuple of strings. facts: arguments of operand(), such as use="matrix". A field must have been
-        declared with all of them.
+        facts: arguments of operand(), the function that declares a field. Example: use="matrix".
         """
         return tuple(
             f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
@@ -332,11 +331,11 @@ class Op:
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """A tuple of the names of weight matrices whose gate and up rows a device stores alternately.
+        """A tuple of the names of the op's gate and up matrices; () for an op without a gated product.
 
-        A device can then compute both products in one pass. The matrices are those of the property `gates`; biases are
-        left out. () for an op without a gated product. The class Linear overrides it, because there one weight holds
-        both gate and up.
+        A device stores a gate row and an up row in turn, so that it can compute both products in one pass. The
+        matrices are those of the property `gates`; biases are left out. The class Linear overrides it, because there
+        one weight holds both gate and up.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)
@@ -398,9 +397,10 @@ class Op:
             self.check(plain, f"{name} is {t[name].format}; vectors stay in a plain format (f32, bf16, f16)")
 
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
-        """Returns the Work of an op that does `flops` operations, reads its operands once and writes its results once.
+        """Returns the op's Work: `flops` operations, and the bytes of all its operands and results.
 
-        Bytes of state tensors, and of the tensors named in `leave`, are not counted.
+        This holds for an op that reads each operand once and writes each result once. Bytes of state tensors, and of
+        the tensors named in `leave`, are not counted.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):

@@ -155,9 +155,9 @@ class PoolKeys(Op, kind="pool_keys"):
 
 
 def closers(batch: Batch, every: int) -> list[tuple[int, int]]:
-    """Returns a list with (sequence, row in the step) of each token of the step that is the last token of a run.
+    """Returns the places of the tokens that end a run of `every` tokens, as a list of (sequence, row) in order.
 
-    A run has `every` tokens. sequence: index of the sequence in the batch.
+    sequence: index of the token's sequence in the batch. row: index of the token in the step.
     """
     rows = np.flatnonzero((batch.positions + 1) % every == 0)
     sequences = np.searchsorted(batch.first_row, rows, side="right") - 1

@@ -38,7 +38,7 @@ def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple
 
 
 def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
-    """Returns the bytes of state that a step reads and writes: for each sequence, its state is read and written once.
+    """Returns the number of bytes of state that a step moves: it reads and writes each sequence's state once.
 
     t: the Program's tensors by name. name: name of the state tensor. batch: the sequences of the step.
     """

@@ -32,7 +32,7 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Says, for each layer, which experts each expert-parallel rank holds.
+    """Table of the experts that each expert-parallel rank holds, for all layers.
 
     `layers` maps a layer, by the site (name) of its op `experts`, to one tuple per rank: the numbers of the experts
     that the rank holds, ascending. Several ranks may hold the same expert. If n ranks hold it, they share its tokens:
@@ -43,7 +43,7 @@ class ExpertPlacement:
 
     @classmethod
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-        """Returns the ExpertPlacement for experts of equal loads, which is used before any tokens are counted.
+        """Returns an ExpertPlacement that assumes equal loads of all experts. It is used until tokens are counted.
 
         Each rank holds ceil((experts + redundant) / ranks) experts in each layer. Experts are dealt to the ranks in
         turn: with 8 experts and 4 ranks, rank 1 holds experts 1 and 5. If the ranks have room for more than `experts`
@@ -253,8 +253,8 @@ def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
 def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
     """Distribute experts over ranks so that the loads of the ranks are nearly equal.
 
-    Returns one tuple per rank, with the numbers of the `each` experts that it holds, ascending. Several ranks may hold
-    copies of one expert, and then share the expert's load equally. A rank never holds an expert twice.
+    Returns one tuple per rank: the numbers of its experts, ascending. Several ranks may hold copies of one expert, and
+    then share the expert's load equally. A rank never holds an expert twice.
 
     The method starts like EPLB: copies are dealt out in descending order of load, each to the least loaded rank that
     has room. Then the most and the least loaded rank exchange experts as long as that makes their loads more equal. In

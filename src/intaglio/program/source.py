@@ -58,11 +58,11 @@ def is_run(source: str) -> bool:
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """Returns a copy of the source text that names only some tensors of its run of numbered tensors.
+    """Returns the text `source` with a smaller range of tensor numbers, such as {5..6} instead of {4..7}.
 
-    For example, experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+    For example, "experts.{4..7}.w1" with range(1, 3) becomes "experts.{5..6}.w1".
 
-    source: text that names a run. numbers: which tensors of the run to keep, counted from 0 at its first tensor.
+    numbers: the tensors to keep, counted from 0 at the first tensor of the old range.
     """
     run = RUN.search(source)
     assert run, f"{source} is no run"
@@ -73,11 +73,11 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """Returns source texts that read the matrices `wanted` of a stack, made from source texts for the matrices `held`.
+    """Returns a tuple of source texts for a weight of a rank whose experts change from `held` to `wanted`.
 
-    This is used when experts move to another rank: a stack has one matrix for each expert. A source text names
-    checkpoint tensors, and says how to cut or transpose them. The result is a tuple with one text for each run of
-    consecutive numbers in `wanted`. Each text has the transpositions and the cuts of rows or columns of sources[0].
+    The weight is a stack with one matrix for each expert. A source text names checkpoint tensors, and says how
+    to cut or transpose them. The tuple has one text for each run of consecutive numbers in `wanted`. Each text has the
+    transpositions and the cuts of rows or columns of sources[0].
 
     Args:
         sources: source texts that read the matrices `held`. Only the first text is used as a template.
@@ -288,11 +288,11 @@ def _cut_columns(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """Translate a cut of a quantised matrix's columns into the cut of its scales.
+    """Returns the cut of a quantised matrix's scales that matches a cut of its columns, as a tuple of one text.
 
-    Each scale is shared by `group` columns. A cut "cA:B/N" keeps columns A to B - 1 of every N. The result is a tuple
-    with the cut to apply to the scales: with `group` 32, "c96:192/384" gives ("c3:6/12",). Returns () if a group is the
-    whole row, so that all scales are kept. Returns None if the kept range begins or ends inside a group.
+    A cut "cA:B/N" keeps columns A to B - 1 of every N. Each scale is shared by `group` columns: with `group` 32,
+    "c96:192/384" gives ("c3:6/12",). Returns () if a group is the whole row, so that all scales are kept. Returns None
+    if the kept range begins or ends inside a group.
 
     Args:
         step: the cut of columns, as text.

@@ -41,7 +41,7 @@ class Tenant:
 
 
 class FairQueue:
-    """Queue of the waiting jobs of all tenants, which says in which order to place them.
+    """Queue of the waiting jobs of all tenants, in the order in which to place them.
 
     Jobs of a lower priority number come first. Among jobs of equal priority, the tenant that has used the least service
     in proportion to its weight comes first.
@@ -141,7 +141,7 @@ class FairQueue:
         self._forget_idle()
 
     def share(self, tenant: str, total: int) -> int:
-        """Returns how many of the queue's `total` places the tenant may use at most, an int of 1 or more.
+        """Returns the tenant's maximum number of waiting jobs, at least 1, if the queue has `total` places for all.
 
         The places are divided in proportion to weight among three parties: this tenant, the other tenants with waiting
         jobs, and one reserved share of weight 1 for a tenant that may come next.

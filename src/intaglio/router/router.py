@@ -264,7 +264,7 @@ class Router:
         return self._where.get(id)
 
     def queue_seconds(self) -> float:
-        """Returns the estimated seconds that one replica of mean speed would take for the prompts of all queued jobs.
+        """Returns the estimated seconds in which one replica of mean speed could prefill all queued jobs.
 
         Returns inf if no replica can be given jobs.
         """

@@ -75,12 +75,12 @@ class Accounting:
                 self.live.emit(self.live.end(s, "length"))
 
     def settle_state(self, s: Sequence, start: int, rejected: bool) -> None:
-        """Update which slots hold the recurrent state of a sequence, after a step that began at position `start`.
+        """Keep or discard the recurrent state that a step wrote for a sequence. Returns nothing.
 
-        Returns nothing. Does nothing if the model has no recurrent state. If `rejected` is False, the state that the
-        step wrote becomes the sequence's state. If `rejected` is True, at least one draft token was rejected, and the
-        state that the step wrote is not used because it includes rejected tokens. The sequence then keeps the state of
-        position `start`, and its next step computes the tokens from `start` on again.
+        The step began at position `start`. Does nothing if the model has no recurrent state. If `rejected` is False,
+        the state that the step wrote becomes the sequence's state. If `rejected` is True, at least one draft token was
+        rejected, and the state that the step wrote is not used because it includes rejected tokens. The sequence then
+        keeps the state of position `start`, and its next step computes the tokens from `start` on again.
         """
         if s.next_state_slot < 0:
             return

@@ -124,7 +124,7 @@ class Admission:
         return estimate
 
     def _seconds_to_prefill(self, load: EngineLoad) -> float:
-        """Returns the estimated seconds until all waiting sequences have been prefilled."""
+        """Returns the estimated seconds to prefill all waiting sequences. Running sequences are not included."""
         tokens = load.waiting_tokens
         return load.latency.estimate(tokens, -(-tokens // self.max_batch_tokens), 0)
 

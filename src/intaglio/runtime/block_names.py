@@ -26,7 +26,7 @@ def digest(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class BlockScope:
-    """What decides the bits of an engine's K/V blocks, apart from the token ids and the cache salt.
+    """Model, weights and settings on which the bits of an engine's K/V blocks depend, besides their tokens.
 
     Attributes:
         program: hash of the whole model's Program, also if several ranks share the model.
@@ -74,7 +74,7 @@ class BlockNames:
     digits. The BlockScope and the request's cache salt are also hashed.
 
     Attributes:
-        scope: digest of the BlockScope, which says what decides the bits of K/V blocks.
+        scope: digest of the BlockScope (model, weights and settings on which the bits of K/V blocks depend).
         block_size: tokens in a block.
     """
 

@@ -30,9 +30,9 @@ class BlockKey:
 
 @dataclass
 class TierCounts:
-    """Total counts of a tier, which is a store of K/V blocks outside the engine.
+    """Metrics of a tier (a store of K/V blocks outside the engine): numbers of blocks, bytes and errors so far.
 
-    The engine itself computes the blocks that are missing, corrupt or late.
+    Blocks that are missing, corrupt or late are computed by the engine instead of loaded.
 
     Attributes:
         hits: blocks that were loaded into an engine's pool.
@@ -67,7 +67,7 @@ class TierCounts:
 
 
 class Load(Protocol):
-    """Interface of a transfer in progress, by which a tier reads K/V blocks for an engine."""
+    """Interface of a transfer in progress: a tier reads K/V blocks for an engine."""
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds` seconds for the transfer to end. Returns True if it has ended."""
@@ -94,15 +94,15 @@ class Connector(Protocol):
     counts: TierCounts
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Returns how many of the blocks `names`, from the first on, the tier can load.
+        """Returns the number of blocks in `names` before the first block that the tier cannot load.
 
-        The first missing block ends the count. The blocks are not read, so a later load() may find fewer.
+        The blocks are not read, so a later load() may find fewer.
 
         names: names of consecutive blocks of a sequence, in order.
         """
 
     def stored(self, names: Sequence[str]) -> int:
-        """Returns how many of the blocks `names`, from the first on, the tier itself holds.
+        """Returns the number of blocks in `names` before the first block that the tier itself does not hold.
 
         These blocks need not be saved. lookup() also counts blocks that the tier would fetch from elsewhere. names:
         names of consecutive blocks, in order.

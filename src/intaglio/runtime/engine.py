@@ -226,12 +226,11 @@ class Engine:
         return self.live.take_events()
 
     def submit(self, now: float) -> list[ScheduledSequence]:
-        """Launch steps until as many are under way as the executable has pipeline stages.
+        """Launch a step for each idle pipeline stage. Returns a list of the ScheduledSequences of ended launches.
 
-        Returns a list of ScheduledSequences. Normally the list is empty, because the results of the steps are read
-        later, by collect(). The exception is a sequence that is suspected of having made the device fail. Then only one
-        launch may be under way at a time, so each launch is waited for before the next one. The list has the sequences
-        of the launches that were waited for.
+        Normally the list is empty, because the results of the steps are read later, by collect(). The exception is a
+        sequence that is suspected of having made the device fail. Then only one launch may be under way at a time, so
+        each launch is waited for before the next one.
 
         now: the time in seconds. Raises DeviceLost if the device is lost.
         """
@@ -262,10 +261,10 @@ class Engine:
         return launch.scheduled
 
     def move_experts(self, now: float) -> None:
-        """Let the ExpertBalancer do what is due now. Returns nothing.
+        """Count each expert's tokens and move experts between ranks, if one of these is due. Returns nothing.
 
-        The balancer counts the tokens of each expert and moves experts between ranks, each at its own interval. So most
-        calls do nothing, and for a model without experts all of them. Called between two steps.
+        The ExpertBalancer does both, at two intervals. So most calls do nothing, and for a model without experts all of
+        them. Called between two steps.
 
         now: the time in seconds. Raises DeviceLost if the device is lost.
         """

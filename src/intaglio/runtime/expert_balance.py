@@ -62,10 +62,10 @@ class ExpertBalancer:
         return any(load.held and all(load.held) for load in self.loads.values())
 
     def tick(self, now: float, last: bool = False) -> None:
-        """Do what is due now: count the tokens of each expert, or do the next part of moving experts. Returns nothing.
+        """Count each expert's tokens and continue moving experts, if these are due. Returns nothing.
 
-        Called between two steps. Tokens are counted every COUNT_EVERY seconds. The next part of a move is done every
-        LOOK_EVERY seconds; a call handles at most one layer, because that takes milliseconds.
+        Called between two steps. Tokens are counted every COUNT_EVERY seconds. A move is continued every LOOK_EVERY
+        seconds; a call handles at most one layer, because that takes milliseconds.
 
         The intervals are RARELY times as long while a pipeline has steps under way, since the device answers only when
         no step is under way. If experts cannot be moved, tokens are always counted at the longer interval, because the
@@ -147,7 +147,7 @@ class ExpertBalancer:
         return found
 
     def _move(self, now: float) -> None:
-        """Do the next part of moving experts. Returns nothing.
+        """Continue moving experts between ranks: finish the last layer, then begin the next. Returns nothing.
 
         1. If a layer's experts are still being loaded at their new places, return. If they have been loaded, switch the
            layer to them.

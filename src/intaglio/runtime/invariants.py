@@ -129,7 +129,7 @@ def prefix_cache_sound(e: Engine) -> Iterator[str]:
 
 
 def parents_kept(e: Engine) -> Iterator[str]:
-    """Yield an error message for each K/V block that would be evicted before a block that follows it in a prefix.
+    """Yield an error message for each cached K/V block that would be evicted after the block before it.
 
     A block may be evictable only if all cached blocks that follow it in a prefix are evictable, too, and are evicted
     earlier. Otherwise the following blocks could not be reached any more, but routers would take the prefix for cached:

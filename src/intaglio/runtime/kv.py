@@ -19,7 +19,7 @@ class KvError(RuntimeError):
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """What the prefix cache records about one K/V block.
+    """Entry of the prefix cache for one K/V block.
 
     Attributes:
         name: name of the block (see BlockNames).

@@ -41,7 +41,7 @@ class StepFit:
 
     @classmethod
     def pooled(cls, fits: Sequence[StepFit]) -> StepFit:
-        """Returns the StepFit of the steps of all `fits` together. Each step has the weight that it has in its own fit.
+        """Returns one StepFit for the steps of all `fits`. Each step keeps its weight.
 
         Returns an empty StepFit for no fits. The sums are moved to the common means by the parallel axis theorem.
         """
@@ -113,7 +113,7 @@ class LatencyEstimator:
         self.steps, self.mean_sampled = StepFit(), 0.0
 
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
-        """Returns the estimated seconds for a prefill and the decode steps that follow it.
+        """Returns the estimated seconds of a prefill plus the decode steps after it. Waiting is not included.
 
         It is assumed that each decode step samples one token per sequence. Decode steps also contain prefill rows of
         other requests. So a step is assumed to have as many token rows per sampled token as recent steps had on

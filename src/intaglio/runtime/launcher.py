@@ -158,7 +158,7 @@ class Launcher:
 
     @property
     def block_bytes(self) -> int:
-        """Returns the bytes of a K/V block on the device; 0 if the device cannot read or write blocks."""
+        """Returns the number of bytes of a K/V block on the device; 0 if the device cannot read or write blocks."""
         return self.executable.block_bytes
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
@@ -190,10 +190,10 @@ class Launcher:
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
-        """Context manager around a call of the device, which records what was lost if the call raises DeviceLost.
+        """Context manager for a call of the device: if the call raises DeviceLost, set `in_flight` and `lost_in_step`.
 
-        `in_flight` is set to the sequences of all launches under way, and `lost_in_step` to `in_step`. The error is
-        then raised again.
+        `in_flight` becomes the sequences of all launches under way, and `lost_in_step` becomes `in_step`. The error is
+        passed on.
 
         in_step: True if the call waits for a step; False if it does anything else, such as copying K/V blocks.
         """

@@ -242,11 +242,11 @@ class Offload:
         return BlockKey(cached.name, cached.parent, cached.tokens)
 
     def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
-        """Begin to load blocks of a waiting sequence from the tier.
+        """Begin to load blocks of a waiting sequence from the tier. Returns the SequenceLoad.
 
-        Returns the SequenceLoad, or None if the tier has none. The first block to load is the block after the cached
-        blocks. The blocks to load end before the first block that the tier does not have. A block that ends with the
-        sequence's last token is not loaded, because this token is always computed.
+        Returns None if the tier does not have the first block to load, which is the block after the cached blocks. The
+        blocks to load end before the first block that the tier does not have. A block that ends with the sequence's
+        last token is not loaded, because this token is always computed.
 
         sequence: the sequence. cached: number of blocks at its beginning that are in the prefix cache.
         """

@@ -58,7 +58,7 @@ class Recovery:
                 self.live.emit(self.live.end(s, "error", Fault("worker", why)))
 
     def blame(self, why: str) -> None:
-        """Mark the sequences that were in flight when the device was lost as suspects. Returns nothing.
+        """Mark as suspects all sequences that were in flight when the device was lost. Returns nothing.
 
         A suspect runs in steps of its own until it has sampled a token. If the step contained only one sequence, the
         loss is counted for this sequence. After MAX_DEVICE_LOSSES_PER_SEQUENCE such losses without a sampled token, the

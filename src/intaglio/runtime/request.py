@@ -329,10 +329,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to one choice (output) of a request.
+    """News of one choice (output): a new token, the end of the choice, both, or log-probabilities of the prompt.
 
-    It is a new token, the end of the choice, both, or log-probabilities of the prompt. An event with a finish_reason is
-    the last event of its choice.
+    An event with a finish_reason is the last event of its choice.
 
     Attributes:
         request: id of the request.

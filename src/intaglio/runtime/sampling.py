@@ -31,7 +31,7 @@ def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None
 
 
 def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
-    """Returns the sampling parameters (Sampling) of each row from which a sequence samples, as a list.
+    """Returns a list of Samplings, the sampling parameters of the rows of logits from which a sequence samples.
 
     The list has len(drafts) + 1 items: one for the row of the sequence's last token, then one for the row of each draft
     token, in order. Raises ValueError if the grammar does not allow a draft.

@@ -32,7 +32,7 @@ class ScheduledSequence:
 
     @property
     def samples(self) -> bool:
-        """True if the step samples the sequence's next token, because it computes all tokens that the sequence has.
+        """True if the step samples the sequence's next token: it computes the last of the tokens that the sequence has.
 
         Always False for a request with `scored` set, which generates nothing.
         """
@@ -106,7 +106,7 @@ class Scheduler:
             self.preempt(sequence)
 
     def spare_block(self) -> int:
-        """Returns the number of a K/V block whose content nobody needs, for the step that tests a replaced device.
+        """Returns the number of a K/V block that the test step on a replaced device may overwrite.
 
         The block is not allocated. First the blocks of rejected drafts are freed. Then the last running sequence is
         preempted as long as no block is available.
@@ -288,7 +288,7 @@ class Scheduler:
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
 
     def update_blocks(self, sequence: Sequence) -> None:
-        """Add to the prefix cache the blocks of a sequence that became full in the last step. Returns nothing.
+        """Add a sequence's newly full K/V blocks to the prefix cache. Returns nothing.
 
         If a block with the same name is in the cache already, the sequence uses that block, which has the same bits,
         and frees its own. So a sequence that holds a cached block also holds all cached blocks before it, and none of

@@ -98,7 +98,7 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """True if the sequence's next step is a decode, so that exactly one of its tokens has never been computed.
+        """True if the sequence's next step is a decode: exactly one of its tokens has never been computed.
 
         False while more tokens of the prompt are left to compute. Tokens that must be computed again, because a draft
         after them was rejected, are not counted.
@@ -155,7 +155,7 @@ class Sequence:
         return drafts
 
     def usage(self, now: float) -> Usage:
-        """Returns the Usage (token counts and times) of the sequence, with its end at the time `now` in seconds."""
+        """Returns the Usage (token counts and times) of a sequence that ends now. now: the time in seconds."""
         return Usage(
             len(self.prompt), self.cached_tokens, len(self.output), self.preemptions, self.arrived, self.started,
             self.first_token, now,

@@ -12,7 +12,7 @@ PER_SEQUENCE = 2  # slots of a running sequence: its state, and where the next s
 
 
 class SlotError(RuntimeError):
-    """Raised for a pool too small for one sequence, for a slot that is not held, or if no slot is available."""
+    """Error of a SlotPool: it is too small for one sequence, a slot is not held, or no slot is available."""
 
 
 class SlotPool:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Totals of an engine since its creation. A choice is one output of a request.
+    """Counts of what an engine has done since its creation: steps, choices, faults, tokens.
+
+    A choice is one output of a request.
 
     Attributes:
         steps: steps run.
@@ -50,7 +52,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Present numbers of an engine: sequences, K/V blocks, slots of recurrent state and window blocks.
+    """Current numbers of sequences, K/V blocks, slots of recurrent state and window blocks in an engine.
 
     Window blocks are the K/V blocks of layers with a sliding window, if these layers have a pool of their own.
 

@@ -75,10 +75,10 @@ def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
     max_sequences: int, depth: int = 1,
 ) -> StateSpec:  # fmt: skip
-    """Returns a copy of `state` in which layers with a sliding window have K/V pages of their own, if that is wanted.
+    """Returns a copy of `state`, a StateSpec, in which layers with a sliding window have K/V pages of their own.
 
-    Otherwise returns `state` itself, and all layers share the same pages. A page is the room of a K/V block in the
-    device's memory. The result is a StateSpec.
+    If there are no window pages (see `window_tokens`), it returns `state` itself, and all layers share the same pages.
+    A page is the room of a K/V block in the device's memory.
 
     Args:
         state: sizes of the K/V cache.

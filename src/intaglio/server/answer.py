@@ -359,9 +359,9 @@ def finite(logprob: float) -> float:
 
 
 class Envelope:
-    """Builds response bodies: adds the fields that all chunks of a response share to the choices.
+    """Builds response bodies from choices: adds the fields id, object, created and model.
 
-    These fields are id, object, created and model.
+    All chunks of a streamed response have the same values of these fields.
 
     Args:
         kind: name of the response's object, such as "chat.completion"; without ".chunk".

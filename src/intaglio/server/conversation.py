@@ -284,10 +284,9 @@ def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversati
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """Returns a list of the messages in which the first user message begins with the system message's text.
+    """Returns a new list of the messages, without the system message. Its text is put before the first user message.
 
-    The system message itself is left out. Returns None unless the conversation begins with a system message and a user
-    message whose contents are strings.
+    Returns None unless the conversation begins with a system message and a user message whose contents are strings.
     """
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None

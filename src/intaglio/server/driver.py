@@ -217,7 +217,7 @@ class Submission:
                 )
 
     async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """Async iterator over lists of the ChoiceDeltas that arrived since the previous list, until all choices end."""
+        """Async iterator that yields lists of newly arrived ChoiceDeltas, until all choices have ended."""
         while self.open or self._deltas:
             await self._arrived.wait()
             self._arrived.clear()
@@ -408,7 +408,7 @@ class Driver:
             self.steps.append(self.engine.last_step)
 
     def _add_updates(self, events: list[Event]) -> None:
-        """Append a ChoiceDelta to the pending updates for each engine event, with the text the event made final."""
+        """Append one ChoiceDelta per engine event to the pending updates, with the text that the event made final."""
         for e in events:
             active, ended = self._active[e.request], e.finish_reason is not None
             submission, choice = active.submission, active.first_choice + e.index
@@ -454,7 +454,7 @@ class Driver:
         self._call(self._deliver, updates, self.steps[-1] if self.steps else None)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Have `function(*arguments)` called on the event loop. Returns at once."""
+        """Schedule the call `function(*arguments)` on the event loop. Returns at once."""
         self._outbox.put(partial(function, *arguments))
 
     # In the thread "updates". Waking the event loop hands it the GIL; putting an item into a queue does not, so the
@@ -471,7 +471,7 @@ class Driver:
     # On the event loop
 
     def _end(self) -> None:
-        """Answer the submissions and inspections still in the inbox with Refused; drop the other messages.
+        """Refuse all submissions and inspections that are still in the inbox, and drop the other messages.
 
         Runs on the event loop when the engine's thread has ended.
         """

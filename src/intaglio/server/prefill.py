@@ -92,11 +92,11 @@ class Prefill:
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
     def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
-        """Returns how many tokens of the first prompt, from its start, another replica can load from the tier.
+        """Returns the number of tokens of the first prompt whose K/V another replica can load from `tier`.
 
-        The tier is a store of K/V blocks. Only whole blocks count, up to the first block that is not stored or that the
-        lease does not protect from eviction. Without a lease the number is 0. The function first waits until the
-        engine's blocks are saved.
+        These are the tokens of the prompt's first blocks, up to the first block that is not in the tier (a store of K/V
+        blocks) or that the lease does not protect from eviction. Without a lease the number is 0. The function first
+        waits until the engine's blocks are saved.
 
         names: names of the first prompt's full blocks, in order.
         """

@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to turn the output of one prompt into the response.
+    """Settings with which the output of one prompt is turned into the response.
 
     Attributes:
         style: how to parse the text of a chat into reasoning, content and tool calls.
@@ -78,7 +78,7 @@ class Reading:
 def prepare_completion(
     llm: LLM, body: CompletionRequest, id: str, settings: Settings
 ) -> tuple[list[Prepared], list[Reading]]:
-    """Returns (prepared, readings) for a completion request: two lists with one item for each prompt.
+    """Returns two lists for a completion request, with one Prepared and one Reading for each prompt.
 
     A Prepared holds the engine's request for a prompt. A Reading says how to turn its output into the response.
 
@@ -115,10 +115,10 @@ def prepare_completion(
 
 
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int, int]:
-    """Returns (text, before, after) if the request asks for echo of its prompt, else ("", 0, 0).
+    """Returns the text of a prompt to echo, and the numbers of special tokens around it: (text, before, after).
 
-    text: the prompt's text. before, after: numbers of special tokens that the tokenizer has added at the beginning and
-    at the end of the prompt, such as BOS and EOS; they have no characters in the text.
+    before, after: numbers of tokens that the tokenizer has added at the beginning and at the end of the prompt, such as
+    BOS and EOS; they have no characters in the text. If the request does not ask for echo, the result is ("", 0, 0).
 
     If the prompt was given as token ids or has been cut, the text is decoded from `ids`. It then shows special tokens
     too, so both numbers are 0.
@@ -145,9 +145,7 @@ def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[
 
 
 def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:
-    """Returns (prepared, reading) for a chat request.
-
-    `prepared` holds the engine's request. `reading` says how to turn its output into the response.
+    """Returns (Prepared, Reading) for a chat request: the engine's request, and how its output becomes the response.
 
     id: id of the response, from which the id of the engine's request is made. settings: what the server adds to every
     request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.

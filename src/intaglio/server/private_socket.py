@@ -68,7 +68,7 @@ def in_use(path: Path) -> bool:
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Context manager that yields a path to the file at `path` that fits in the address of a Unix socket.
+    """Context manager that yields a path of the file `path`, as text, short enough for a Unix socket's address.
 
     If `path` is short enough, it is yielded unchanged. Otherwise the file's folder is opened, and the yielded path is
     /proc/self/fd/N/NAME, where N is the descriptor of the open folder. This path is valid only inside the context,

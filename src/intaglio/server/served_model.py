@@ -54,10 +54,10 @@ class ServedModel:
         return engine.scope.program, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
-        """Returns a dict that tells a router how this replica caches a prompt's K/V blocks.
+        """Returns a dict with the K/V block size (`block_size`) and the cache keys of a prompt's full blocks (`names`).
 
-        Its key `block_size` is the number of tokens in a K/V block. Its key `names` is a list with the cache key of
-        each full block of the prompt. salt: the request's cache salt, or None.
+        The block size is in tokens. The cache keys are a list. A router uses the dict to estimate how
+        much of later prompts this replica has cached. salt: the request's cache salt, or None.
         """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}

@@ -70,7 +70,7 @@ class Vocabulary:
 
 
 class Offsets:
-    """Computes text_offset: for each token, the position in the choice's text at which it begins.
+    """Computes text_offset: the position in the choice's text at which each token begins.
 
     Positions are in characters from 0. All tokens that make up one character have the same position.
 

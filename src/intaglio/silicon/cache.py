@@ -47,7 +47,7 @@ class Cache:
         self.arrival[:] = 0.0
 
     def access(self, region: Region, writes: bool, arrival: float = 0.0) -> float:
-        """Record an access to a region of HBM. Returns the bytes that it moves between HBM and cache, both ways.
+        """Record an access to a region of HBM. Returns how many bytes it moves between HBM and cache, both ways.
 
         A read fetches the region's lines that are not in the cache. If the region's rows follow each other without
         gaps, the fetched bytes are at most the region's own bytes. If there are gaps between its rows, whole lines are

@@ -19,12 +19,12 @@ from intaglio.silicon.stream import Stream
 
 
 def location(stream: Stream, i: Instruction) -> str:
-    """Returns a text for errors that identifies an instruction: its site (the op's name), engine and class."""
+    """Returns an instruction's site (the op's name), engine and class, as text for an error message."""
     return f"site {stream.site}, engine {i.engine}, instruction {type(i).__name__}"
 
 
 def describe_waits(i: Instruction) -> str:
-    """Returns a text for errors with the counters that an instruction waits for, such as "DMA to finish 3".
+    """Returns the counters that an instruction waits for, as text for an error message, such as "DMA to finish 3".
 
     The text is "" if the instruction waits for nothing.
     """
@@ -32,7 +32,7 @@ def describe_waits(i: Instruction) -> str:
 
 
 def check(target: Target, stream: Stream) -> None:
-    """Raise MachineError if a stream has a fault. Returns nothing if it has none.
+    """Raise MachineError if an instruction stream has a fault. Returns nothing if it has none.
 
     1. The first instruction that the chip refuses, or that addresses bytes beyond the end of SRAM or accumulators, is a
        fault.
@@ -86,7 +86,7 @@ def overflow(target: Target, i: Instruction) -> str:
 
 
 def stored_and_loaded(stream: Stream) -> Iterator[Region]:
-    """Yield each region of HBM that a stream writes, if the stream also reads at least a part of the region."""
+    """Yield each region of HBM that an instruction stream writes and also reads, at least in part."""
     loaded = {r for i in stream.instructions for r in i.regions(False) if r.space == "hbm"}
     stored = {r for i in stream.instructions for r in i.regions(True) if r.space == "hbm"}
     if stored and loaded:

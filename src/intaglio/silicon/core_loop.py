@@ -240,7 +240,9 @@ class _Steps:
 
 
 def steps_seconds(chip: ChipSpec, l2: TilesInL2, cores: Sequence[Sequence[Step]], depth: int) -> float:
-    """Returns the modelled seconds of a loop in which each core does a list of steps, until the last store has ended.
+    """Returns the modelled duration of a loop in seconds, from its start until the last store has ended.
+
+    Each core does the steps of its own list.
 
     Args:
         chip: the chip.

@@ -14,27 +14,28 @@ BY_INDEX = "gathered", "selected"
 
 
 class RandomL2:
-    """Expected numbers of bytes in an L2 that evicts lines at random.
+    """Model of an L2 cache that evicts lines at random. It keeps expected numbers of bytes, not addresses.
 
     Attributes:
-        capacity: bytes that it can hold.
+        capacity: bytes that the L2 can hold.
         held: bytes that it holds.
-        evicted: bytes that it has evicted so far.
-        dirty: bytes that it holds and that are not in HBM.
+        evicted: bytes that it has evicted since the start.
+        dirty: bytes that it holds and that HBM does not have yet.
     """
 
     def __init__(self, capacity: float, held: float = 0.0, evicted: float = 0.0) -> None:
         self.capacity, self.held, self.evicted, self.dirty = capacity, held, evicted, 0.0
 
     def kept(self, before: float) -> float:
-        """Probability that a line is still there which came when `before` bytes had been evicted.
+        """Returns the probability that the L2 still has a line that was loaded earlier.
 
-        It is exp(-n / capacity), where n is the number of bytes evicted since.
+        It is exp(-n / capacity), where n is the number of bytes evicted since the line was loaded. before: value of
+        the attribute `evicted` when the line was loaded.
         """
         return exp((before - self.evicted) / self.capacity)
 
     def insert(self, size: float) -> float:
-        """Bring `size` bytes into the L2, and evict what does not fit. Returns the bytes that HBM writes for it."""
+        """Put `size` bytes into the L2, which evicts others if it is full. Returns the bytes written back to HBM."""
         out = max(0.0, self.held + size - self.capacity)
         written = out * min(1.0, self.dirty / self.capacity)
         self.held, self.evicted, self.dirty = self.held + size - out, self.evicted + out, self.dirty - written
@@ -42,14 +43,17 @@ class RandomL2:
 
 
 class L2(RandomL2):
-    """Expected content, in bytes, of an L2 while a loop over tiles runs.
+    """Model of the L2 while the cores run a loop over tiles. Its byte counts are expected values.
 
-    reads: bytes of all operands. capacity: bytes of the L2, above 0. source: where the operands are before the loop:
+    `source` says where the operands are before the loop:
 
-    - "l2": in the L2, as far as it holds them, since the op before has just written them.
-    - "hbm": only in HBM. All loads miss, and bring their bytes into the L2.
-    - "gathered": in HBM, and read by index. All loads miss, and bring nothing into the L2.
-    - "selected": as with "gathered", but the L2 has the operands too, since the op before has just written them.
+    - "l2": in the L2, as far as they fit, since the op before has just written them.
+    - "hbm": only in HBM. All loads miss the L2, and put their bytes into it.
+    - "gathered": in HBM, and read by index. All loads miss the L2, and put nothing into it.
+    - "selected": read by index, as with "gathered", but the L2 holds the operands too, since the op before has just
+      written them.
+
+    reads: bytes of all operands of the loop. capacity: bytes that the L2 can hold, above 0.
     """
 
     def __init__(self, reads: float, capacity: float, source: Source) -> None:
@@ -67,7 +71,7 @@ class L2(RandomL2):
         return missed, missed * size + (0.0 if self.source in BY_INDEX else self.insert(missed * size))
 
     def store(self, size: float) -> float:
-        """Record that all cores together store `size` bytes. Returns the bytes that HBM writes for evicted lines."""
+        """Record that all cores together store `size` bytes. Returns the bytes that evictions write back to HBM."""
         written = self.insert(size)
         self.dirty += size
         return written

@@ -29,10 +29,14 @@ from intaglio.silicon.stream import Stream
 
 @dataclass(frozen=True)
 class Span:
-    """One executed instruction (`name`), with its start and end in seconds since the start of the run.
+    """One executed instruction, with its start and end in seconds since the start of the run.
 
-    `core`: number of the core. `engine`: name of the core's engine that ran the instruction. `site`: name of the op's
-    place in the model, such as layers.3.mlp.down_proj.
+    Attributes:
+        core: number of the core.
+        engine: name of the engine of the core that executed the instruction.
+        start, end: seconds since the start of the run.
+        name: class name of the instruction, such as "Load".
+        site: name of the op's place in the model, such as layers.3.mlp.down_proj.
     """
 
     core: int
@@ -48,12 +52,12 @@ class RunResult:
     """Modelled time of one run of the machine, and counters summed over its cores.
 
     Attributes:
-        seconds: until the last instruction ended.
-        busy: {name of an engine: seconds in which it was in use}, summed over the cores.
-        stalls: {(idle engine, engine for whose result it waited): seconds}, summed over the cores. Instead of the
-            second engine, "start" counts idle time before any engine of the core has finished an instruction.
+        seconds: time at which the last instruction ended.
+        busy: {name of an engine: seconds in which it executed instructions}.
+        stalls: {(idle engine, other engine): seconds}, how long an engine was idle because it waited for a result of
+            the other engine. The other engine is "start" as long as no engine of the core has finished an instruction.
         bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
-        spans: the executed instructions, in the order of their ends; [] if the machine does not record them.
+        spans: the executed instructions, in the order in which they ended; [] if the machine does not record them.
         label: purpose of this launch, such as "rounding", if a kernel has several launches; "" for its main launch.
     """
 
@@ -67,20 +71,20 @@ class RunResult:
 
 @dataclass
 class Core:
-    """State of one core during a run. Seconds count from the start of the run.
+    """State of one core during a run. Times are in seconds since the start of the run.
 
     Attributes:
-        stream: the core's Stream.
-        memory: the memory spaces that the core addresses.
+        stream: the core's Stream of instructions.
+        memory: the memory spaces that the core can address.
         queues: for each engine (in the order of ENGINES), the list of its instructions in order.
-        engines: numbers (indices into ENGINES) of the engines that have an instruction.
-        started: for each engine, number of instructions started.
-        finished: for each engine, number of instructions whose result is visible.
-        busy: for each engine, True while it runs an instruction.
-        free_at: for each engine, seconds at which it last started an instruction (while it is busy) or ended one (while
-            it is idle). 0 before the first.
-        visible_at: for each engine, seconds at which its latest result becomes visible. 0 before the first.
-        last_finished: name of the engine of this core that finished an instruction last; "": none has.
+        engines: indices into ENGINES of the engines that have instructions.
+        started: for each engine, the number of instructions that it has started.
+        finished: for each engine, the number of instructions whose results are visible.
+        busy: for each engine, True while it executes an instruction.
+        free_at: for each engine, the time at which its latest instruction started (if it is busy) or ended (if it is
+            idle); 0 before the first.
+        visible_at: for each engine, the time at which its latest result becomes visible; 0 before the first.
+        last_finished: name of the engine of this core that was the last to finish an instruction; "": none has.
     """
 
     stream: Stream
@@ -97,18 +101,18 @@ class Core:
 
 @dataclass(eq=False)
 class Transfer:
-    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link.
+    """A transfer in progress: an instruction that moves bytes between a core and HBM (through the L2), or over a link.
 
     Attributes:
         core: number of the core.
         chip: number of the core's chip.
-        engine: number of the engine that runs the instruction.
+        engine: number of the engine that executes the instruction.
         cost: the instruction's Cost.
-        bytes_left: bytes still to move.
-        start: seconds from the start of the run.
+        bytes_left: bytes that are still to be moved.
+        start: time at which it started, in seconds since the start of the run.
         hbm_bytes: bytes that the L2 reads from HBM or writes back to HBM because of this transfer.
-        ready: time, in seconds from the start of the run, before which the transfer's result is not visible. Some of
-            its bytes may be in L2 lines that another transfer still fetches from HBM; they are there at this time.
+        ready: earliest time at which the result can be visible, in seconds since the start of the run. It is later than
+            the end of the transfer if some bytes are in L2 lines that another transfer is still fetching from HBM.
     """
 
     core: int
@@ -122,18 +126,18 @@ class Transfer:
 
 
 def l2_of(target: Target) -> Cache:
-    """A new, empty Cache for a chip's L2. Its size is the part of the L2 that the library's kernels can use."""
+    """Returns a new, empty Cache that models a chip's L2. Its size is the part of the L2 that can hold operands."""
     return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
 class Machine:
-    """Simulator of one chip, or of several of one kind that exchange messages.
+    """Simulator of one chip, or of several chips of the same kind that exchange messages.
 
     Args:
         target: chip and kernel library.
-        hbm: the HBM of each chip, by chip number; None: instructions are timed but no values are computed.
-        spans: True if the result shall list every executed instruction.
-        l2: the L2 of each chip, by chip number, as earlier runs left it; None: empty.
+        hbm: {chip number: the chip's HBM}; None: instructions are timed, but no values are computed.
+        spans: True to list every executed instruction in the result.
+        l2: {chip number: the chip's L2 as earlier runs left it}; None: all are empty.
         checks: False to run streams without check(), for streams that are timed many times.
 
     Raises ChipError if the chip's extra_instructions names anything but optional instructions.
@@ -149,11 +153,15 @@ class Machine:
         self.l2 = l2 if l2 is not None else defaultdict(lambda: l2_of(target))
 
     def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute the streams, one per core, until all have ended. Returns a RunResult: modelled time and counters.
+        """Execute all streams, each on a core of its own. Returns a RunResult with the modelled time and counters.
 
-        Raises MachineError, naming site, engine and instruction: for more streams than cores; for what check() refuses;
-        for a read of unwritten bytes; for cores that access the same bytes of HBM; for a deadlock between cores or
-        chips.
+        Raises MachineError, which names the op's site, the engine and the instruction, in these cases:
+
+        - there are more streams than cores;
+        - check() refuses a stream;
+        - an instruction reads bytes that were never written;
+        - two cores access the same bytes of HBM, and one of them writes;
+        - cores or chips wait for each other (deadlock).
         """
         most = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
         if most > self.chip.cores:
@@ -197,10 +205,10 @@ class Machine:
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues, [e for e, q in enumerate(queues) if q])
 
     def _other_user(self, core: int, region: Region, writes: bool) -> str:
-        """Text for an error that names another core which has accessed `region`, and the instruction that did it.
+        """Returns words for an error message that name another core that accessed `region`, and its instruction.
 
-        core: number of the core that found the conflict; only other cores of its chip are searched. writes: True to
-        look for a write, False for a read. The text is "another core" if no such instruction is found.
+        Only other cores of the same chip are searched. Returns "another core" if none is found. core: number of the
+        core that found the conflict. writes: True to look for a write, False to look for a read.
         """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
@@ -213,7 +221,7 @@ class Machine:
         return "another core"
 
     def _advance(self) -> None:
-        """Advance the clock to the next event or end of a transfer, and process everything due at that time."""
+        """Advance the clock to the next event or the next end of a transfer, and process all that is due then."""
         rates = self._rates()
         ends = [self.now + t.bytes_left / r for t, r in zip(self.transfers, rates, strict=True)]
         first = min(ends, default=float("inf"))
@@ -236,15 +244,15 @@ class Machine:
                 self._end(core, engine, self.cores[core].free_at[engine], cost)
 
     def _rates(self) -> list[float]:
-        """The current bytes/s of each of self.transfers, as a list.
+        """Returns the current rate in bytes/s of each transfer in self.transfers, as a list.
 
-        A transfer over a link gets an equal part of the bandwidth of the chip's links. Any other transfer has the
+        A transfer over a link gets an equal share of the bandwidth of the chip's links. Any other transfer has the
         lowest of these rates:
 
         - the rate of its core's port;
-        - an equal part of the L2's rate;
-        - if HBM moves bytes for it: an equal part of HBM's rate, divided by HBM bytes for each byte of the transfer;
-        - if its instruction has a minimum time: its bytes divided by that time.
+        - an equal share of the L2's rate;
+        - if it moves HBM bytes: an equal share of HBM's rate, divided by (HBM bytes / bytes of the transfer);
+        - if its instruction has a minimum time: its bytes divided by this time.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -277,9 +285,9 @@ class Machine:
         Args:
             c: number of the core.
             engine: number of the engine.
-            start: when the instruction began, in seconds of the run.
+            start: time at which the instruction started, in seconds since the start of the run.
             cost: what the instruction used.
-            ready: earliest time of visibility, in seconds of the run.
+            ready: earliest time at which the result is visible, in seconds since the start of the run.
         """
         core = self.cores[c]
         i = core.queues[engine][core.started[engine] - 1]
@@ -298,7 +306,10 @@ class Machine:
         self._start_ready(c)
 
     def _deliver(self, c: int, i: Send) -> None:
-        """Deliver the message of a finished Send to the receiving chip, and start instructions that waited for it."""
+        """Deliver the message of a finished Send to the receiving chip. Start the instructions that can start now.
+
+        c: number of the sending core. i: the Send.
+        """
         core = self.cores[c]
         values = core.memory.read(i.src) if self.hbm is not None else np.zeros((0, 0))
         self.messages[core.stream.chip, i.peer, i.tag].append(values)
@@ -307,10 +318,10 @@ class Machine:
                 self._start_ready(other)
 
     def _start_ready(self, c: int) -> None:
-        """On each idle engine of core number `c`, start the next instruction if it can start. Returns nothing.
+        """Start the next instruction on each idle engine of core number `c`, if it can start. Returns nothing.
 
-        An instruction can start when other engines have finished as many instructions as its `wait` demands. A Receive
-        also needs its message to have arrived.
+        An instruction can start when each engine has finished as many instructions as the field `wait` demands. A
+        Receive also needs its message to have arrived.
         """
         core = self.cores[c]
         for engine in core.engines:
@@ -325,11 +336,11 @@ class Machine:
         return not isinstance(i, Receive) or bool(self.messages[i.peer, core.stream.chip, i.tag])
 
     def _start(self, c: int, engine: int, i: Instruction) -> None:
-        """Start instruction `i` on an engine of core `c`: compute its values now, and schedule its end.
+        """Start instruction `i` on an engine of core number `c`: compute its values, schedule its end. Returns nothing.
 
-        Values are computed only in a run with values. Returns nothing. Raises MachineError if the instruction's run()
-        raises it, or if a received message has not the shape of the region into which it is received. The error names
-        the site (the op's place in the model), engine and instruction.
+        Values are computed only in a run with values. Raises MachineError if the instruction's run() raises it, or if
+        the shape of a received message differs from the region for it. The error names the site (the op's place in the
+        model), the engine and the instruction.
         """
         core = self.cores[c]
         idle = self.now - core.free_at[engine]
@@ -362,15 +373,14 @@ class Machine:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
     def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float, float]:
-        """Record a transfer in the model of the L2. Returns (HBM bytes, missed fraction, ready time).
+        """Record a transfer in the L2 model. Returns (HBM bytes, fraction that misses, time when the L2 has all lines).
 
         - HBM bytes: bytes that the L2 reads from HBM, or writes back to HBM, because of this transfer.
-        - Missed fraction: for a Load, the fraction of its bytes that the L2 fetches from HBM. The Load's latency is
-          this fraction of HBM's latency. (The L2's own latency is in the fitted launch overhead.) For any other
-          instruction: 1.
-        - Ready time: a Load may read L2 lines that an earlier transfer is still fetching from HBM. The ready time is
-          when the last of these lines arrives, in seconds since the start of the run. 0 if there are no such lines, and
-          for any other instruction.
+        - Fraction that misses: for a Load, the fraction of its bytes that the L2 fetches from HBM. The latency of the
+          Load is this fraction of HBM's latency. (The L2's own latency is part of the launch overhead.) For any other
+          instruction it is 1.
+        - Time: for a Load, when the last of its lines arrives or arrived from HBM, in seconds since the start of the
+          run. It may wait for lines that an earlier transfer is still fetching. For any other instruction it is 0.
 
         Gather and Scatter always miss the L2 in this model, since their addresses depend on values.
         """
@@ -386,7 +396,7 @@ class Machine:
         return missed, part, ready
 
     def _check_all_ended(self) -> None:
-        """Raise MachineError (deadlock) if an instruction still waits although nothing is running any more."""
+        """Raise MachineError (deadlock) if an instruction has not started although nothing runs any more."""
         blocked: dict[Hashable, Blocked] = {}
         for c, core in enumerate(self.cores):
             for engine, queue in enumerate(core.queues):
@@ -396,10 +406,11 @@ class Machine:
             raise MachineError(f"deadlock: {cycle(blocked)}")
 
     def _blocked(self, c: int, i: Instruction) -> Blocked:
-        """The Blocked record of an instruction that cannot start, for the error of a deadlock.
+        """Returns a Blocked record about an instruction that cannot start, for the error message of a deadlock.
 
-        The record says in words what the instruction waits for, and gives (core, engine) of the engine that has to act
-        first; None if no stream sends the message that a Receive waits for. c: number of the instruction's core.
+        The record says in words what the instruction waits for. It also has (core, engine) of the engine that has to
+        act first, or None if the instruction is a Receive whose message no stream sends. c: number of the instruction's
+        core.
         """
         core = self.cores[c]
         what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "

@@ -18,20 +18,20 @@ FORMATS = ("f32", "bf16", "f16", "e4m3", "int8", "int4", "i32")  # of formats.EL
 
 
 class MachineError(RuntimeError):
-    """Raised for a program that the hardware would refuse or compute wrongly: overflow, race, deadlock, bad index."""
+    """Raised for instructions that the hardware would refuse or get wrong: overflow, race, deadlock, bad index."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A [rows, cols] matrix in a memory space.
+    """The location and format of a [rows, cols] matrix in a memory space. It holds no values.
 
     Attributes:
         space: "hbm", "sram" or "acc" (accumulators).
         address: address of the first byte.
         rows, cols: size of the matrix.
-        stride: bytes from one row to the next.
-        format: number format of the values. 4-bit values are packed two to a byte, the first in the low half; each row
-            starts at a byte boundary.
+        stride: bytes from the start of a row to the start of the next.
+        format: number format of the values. Two 4-bit values share a byte, the first in the low half; each row starts
+            at a whole byte.
     """
 
     space: str
@@ -53,13 +53,13 @@ class Region:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Addresses of the region's first byte and of the byte after its last one, as a pair; equal without rows."""
+        """The pair (address of the region's first byte, address after its last byte). Without rows they are equal."""
         return self.address, self.address + (
             self.rows - 1
         ) * self.stride + self.row_bytes if self.rows else self.address
 
     def overlaps(self, other: Region) -> bool:
-        """True if the two regions share a byte."""
+        """True if this region and the region `other` share at least one byte."""
         if self.space != other.space or not (self.nbytes and other.nbytes):
             return False
         a, b = (self, other) if self.rows <= other.rows else (other, self)
@@ -74,10 +74,10 @@ class Region:
         return bool(((first < b.rows) & (b_low + first * b.stride < low + a.row_bytes)).any())
 
     def part(self, rows: slice = slice(None), cols: slice = slice(None)) -> Region:
-        """The Region of these rows and columns of this region. Nothing is copied.
+        """Returns a Region for a part of this region's rows and columns. Nothing is copied.
 
-        Slices have step 1; a slice that reaches beyond the region is cut at its end. For a 4-bit format, `cols` must
-        start at an even column (not checked).
+        The slices must have step 1. A slice that reaches beyond the region is cut at its end. For a 4-bit format,
+        `cols` must start at an even column; this is not checked.
         """
         r0, r1, _ = rows.indices(self.rows)
         c0, c1, _ = cols.indices(self.cols)
@@ -86,9 +86,9 @@ class Region:
         return Region(self.space, start, max(0, r1 - r0), max(0, c1 - c0), self.stride, self.format)
 
     def shaped(self, rows: int, cols: int) -> Region:
-        """A Region [rows, cols] without gaps between rows, at the same address and in the same format as this region.
+        """Returns a Region [rows, cols] with the same address and format as this one, and no gaps between rows.
 
-        It may be smaller than this region, or have another number of columns. Its size is not checked.
+        It may be smaller than this region, or have a different number of columns. Its size is not checked.
         """
         return dense(self.space, self.address, rows, cols, self.format)
 
@@ -97,15 +97,15 @@ class Region:
 
 
 def dense(space: str, address: int, rows: int, cols: int, format: str) -> Region:
-    """The contiguous [rows, cols] Region at `address`, without gaps between rows."""
+    """Returns a Region [rows, cols] that starts at `address` and has no gaps between rows."""
     return Region(space, address, rows, cols, -(-cols * formats.bits(format) // 8), format)
 
 
 class Memory:
-    """The bytes of one memory space, and which of them have been written.
+    """The contents of one memory space: its bytes, and which of them have been written.
 
-    space: name of the memory space, for errors. size: number of bytes; None: the space grows on access, as the
-    simulated HBM does.
+    space: name of the memory space, for error messages. size: number of bytes; None: the memory grows when it is
+    accessed, as the simulated HBM does.
     """
 
     def __init__(self, space: str, size: int | None) -> None:
@@ -114,9 +114,9 @@ class Memory:
         self.written = np.zeros(len(self.bytes), bool)
 
     def byte_indices(self, r: Region) -> np.ndarray:
-        """Indices of a region's bytes in the memory space, as an array [rows, row_bytes].
+        """Returns the indices of a region's bytes in the memory space, as an int array [rows, row_bytes].
 
-        Raises MachineError if the region ends outside the space.
+        Raises MachineError if the region ends outside the memory.
         """
         low, high = r.span
         if self.size is not None and (low < 0 or high > self.size):
@@ -127,9 +127,9 @@ class Memory:
         return r.address + np.arange(r.rows)[:, None] * r.stride + np.arange(r.row_bytes)[None, :]
 
     def read(self, r: Region) -> np.ndarray:
-        """The values of a region, as an array [rows, cols] in the dtype of the region's format (4-bit values as int8).
+        """Returns the values of a region, an array [rows, cols] in the dtype of the region's format (int8 for 4 bits).
 
-        Raises MachineError if a byte of the region was never written, or lies outside the space.
+        Raises MachineError if a byte of the region was never written, or lies outside the memory.
         """
         indices = self.byte_indices(r)
         if not self.written[indices].all():
@@ -143,10 +143,10 @@ class Memory:
         return raw.view(dtype)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store `values` [rows, cols] in the region's format.
+        """Store the array `values` [rows, cols] in the region `r`, in the region's number format. Returns nothing.
 
         Values for a float format are rounded to nearest, ties to even. Values for an integer format must be whole
-        numbers in the format's range; this is not checked. Raises MachineError if the region lies outside the space.
+        numbers in the format's range; this is not checked. Raises MachineError if the region lies outside the memory.
         """
         indices = self.byte_indices(r)
         bits, dtype = formats.ELEMENTS[r.format]
@@ -160,10 +160,10 @@ class Memory:
 
 
 class CoreMemory:
-    """The memory spaces that one core addresses: the chip's HBM, and the core's own SRAM and accumulators.
+    """The memories that one core can access: the chip's HBM, and the core's own SRAM and accumulators.
 
-    `watch` is called before each access to HBM as watch(region, byte indices, True for a write). It raises MachineError
-    if the core must not access the region.
+    watch: function called before each access to HBM, as watch(region, byte indices, True for a write). It raises
+    MachineError if the core must not access the region.
     """
 
     def __init__(
@@ -174,20 +174,20 @@ class CoreMemory:
         self.spaces = {"hbm": hbm, "sram": Memory("sram", sram_bytes), "acc": Memory("acc", acc_bytes)}
 
     def read(self, r: Region) -> np.ndarray:
-        """Values [rows, cols] of a region, in the dtype of its format, as Memory.read() gives them."""
+        """Returns the values [rows, cols] of a region. The dtype is that of the region's format, see Memory.read()."""
         self._watch(r, False)
         return self.spaces[r.space].read(r)
 
     def read32(self, r: Region) -> np.ndarray:
-        """Values [rows, cols] of a region, converted to float32."""
+        """Returns the values [rows, cols] of a region, converted to float32."""
         return self.read(r).astype(np.float32)
 
     def read64(self, r: Region) -> np.ndarray:
-        """Values [rows, cols] of a region, converted to float64."""
+        """Returns the values [rows, cols] of a region, converted to float64."""
         return self.read(r).astype(np.float64)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store values [rows, cols] in a region, in the region's format; see Memory.write() for rounding and errors."""
+        """Store the array `values` [rows, cols] in the region `r`. See Memory.write() for rounding and errors."""
         self._watch(r, True)
         self.spaces[r.space].write(r, values)
 

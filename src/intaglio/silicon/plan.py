@@ -24,18 +24,19 @@ from intaglio.silicon.timing import Timing
 
 
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
-    """Exposed seconds of each collective with dual-batch overlap: the seconds in which no compute hides it.
+    """Returns the exposed seconds of each collective with dual-batch overlap: the time that no computation hides.
 
-    Returns a dict {index of the collective in the list of ops: seconds} with all collectives; a collective that is
-    hidden completely has 0.
+    The result is a dict {index of the collective in the list of ops: seconds} with all collectives; a collective that
+    is hidden completely has 0.
 
-    Two halves of the batch alternate: one computes while the other communicates. Each half runs its ops in order, and
-    the second half is never ahead of the first. If both could compute, the one closer to its next collective does,
-    which keeps the links busy. Seconds in which neither half computes are exposed. They are counted for the latest
-    collective of the half that computes next; at the end of the step, for the latest collective of the second half.
+    With dual-batch overlap, two halves of the batch alternate: one computes while the other communicates. Each half
+    runs its ops in order, and the second half is never ahead of the first. If both halves could compute, the one that
+    is closer to its next collective does, which keeps the links busy. Seconds in which neither half computes are
+    exposed. They are counted for the latest collective of the half that computes next. At the end of the step they are
+    counted for the latest collective of the second half.
 
-    seconds: for each op, its seconds for the first and for the second half. is_collective: for each op, True if it is a
-    collective.
+    seconds: for each op, (seconds for the first half, seconds for the second half). is_collective: for each op, True if
+    it is a collective.
     """
     found = _native.exposed_seconds(
         range(len(seconds)), [a for a, _ in seconds], [b for _, b in seconds], list(is_collective)
@@ -45,10 +46,10 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
 
 @dataclass(frozen=True)
 class Schedule:
-    """When each op of one step ends.
+    """The modelled end time of each op of one step.
 
     Attributes:
-        timings: the Timing of each distinct kernel of the Plan. If weights are prefetched, its `seconds` do not count
+        timings: the Timing of each distinct kernel of the Plan. If weights are prefetched, its `seconds` do not include
             the transfer of the weights.
         ends: for each op, seconds from the start of the step to the end of the op.
         stalled: for each op, True if the op waited for its weights.
@@ -60,14 +61,15 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
-        """Modelled time of the step in seconds."""
+        """The modelled time of the step in seconds."""
         return self.ends[-1] if self.ends else 0.0
 
 
 class Plan:
-    """A Program prepared for timing on one target: a kernel for each op, where equal kernels are one object.
+    """A Program prepared for timing on one target, with a chip kernel for each op. Equal kernels are one object.
 
-    Raises ChipError if an op has no chip kernel, or if the chip's arrays do not take the format of a weight.
+    Raises ChipError if an op has no chip kernel, or if the chip's matrix array does not multiply the format of a
+    weight.
     """
 
     def __init__(self, program: Program, target: Target) -> None:
@@ -84,10 +86,10 @@ class Plan:
 
     @classmethod
     def of(cls, stages: Sequence[Program], target: Target) -> tuple[Plan, ...]:
-        """A tuple with one Plan for each pipeline stage, from the Program of one rank of each stage.
+        """Returns a tuple with one Plan for each pipeline stage.
 
-        Raises ChipError as Plan does, and if a rank's weights exceed a chip's HBM, or the chip lists an unknown extra
-        instruction.
+        Raises ChipError if Plan() raises it, if a rank's weights exceed a chip's HBM, and if the chip lists an unknown
+        extra instruction. stages: for each pipeline stage, the Program of one of its ranks.
         """
         check_extra_instructions(target.chip)
         plans, chip = tuple(cls(p, target) for p in stages), target.chip
@@ -98,7 +100,7 @@ class Plan:
         return plans
 
     def run(self, sizes: BatchSizes) -> Timeline:
-        """The Timeline of one step with a batch of these sizes."""
+        """Returns the Timeline of one step whose batch has the sizes `sizes`."""
         done, spans, start = self.fastest(sizes), list[OpSpan](), 0.0
         for op, number, end, stalled in zip(self.program.ops, self.numbers, done.ends, done.stalled, strict=True):
             spans.append(OpSpan(op.site, op.kind, start, end, done.timings[number], "HBM" if stalled else ""))
@@ -106,15 +108,16 @@ class Plan:
         return Timeline(self.target.chip, tuple(spans))
 
     def cost(self, sizes: BatchSizes) -> tuple[float, float]:
-        """Modelled seconds and estimated joules of one step on this chip, as a pair; without making a Timeline."""
+        """Returns (modelled seconds, estimated joules) of one step on this chip, without making a Timeline."""
         done = self.fastest(sizes)
         kernels = list(zip(done.timings, self.counts, strict=True))
         return done.seconds, sum(joules(self.target.chip, kernels, done.seconds).values())
 
     def fastest(self, sizes: BatchSizes) -> Schedule:
-        """The Schedule of one step with the shortest time: of the whole batch, or of two halves that overlap.
+        """Returns the faster of two Schedules of one step: with the whole batch, and with two halves that overlap.
 
-        Halves are tried only if the library has dual-batch overlap, and the step has collectives and at least 2 tokens.
+        Halves are tried only if the library has dual-batch overlap, the step has collectives, and it has at least 2
+        tokens.
         """
         whole = self.schedule(sizes)
         communicates = any(t.link_bytes for t in whole.timings)
@@ -123,11 +126,12 @@ class Plan:
         return min(whole, self.schedule(sizes, sizes.halves()), key=lambda s: s.seconds)
 
     def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Schedule:
-        """The Schedule of a step whose ops run one after the other. sizes: of the whole batch.
+        """Returns the Schedule of one step in which the ops run one after the other.
 
-        halves: sizes of the two halves of the batch, to model dual-batch overlap; (): the batch is not divided. With
-        halves, an op takes the seconds of both halves together, but a collective takes only its exposed seconds, see
-        exposed_seconds(). HBM delivers the weights once for both halves.
+        With `halves`, dual-batch overlap is modelled. An op then takes the time of both halves together, but a
+        collective takes only its exposed seconds, see exposed_seconds(). HBM delivers the weights once for both halves.
+
+        sizes: sizes of the whole batch. halves: sizes of the two halves of the batch; (): the batch is not divided.
         """
         chip, library = self.target.chip, self.target.library
         whole = tuple(self.timings(sizes))
@@ -153,9 +157,10 @@ class Plan:
         return Schedule(whole, tuple(ends), tuple(stalled))
 
     def timings(self, sizes: BatchSizes) -> list[Timing]:
-        """The Timing of each distinct kernel in a step of these sizes, as a list in the order of self.kernels.
+        """Returns a list with the Timing of each distinct kernel in a step, in the order of self.kernels.
 
-        Overlap of kernels is not counted. If the library prefetches weights, `seconds` do not count their transfer.
+        Overlap between kernels is not modelled. If the library prefetches weights, `seconds` do not include their
+        transfer.
         """
         prefetched = self.target.library.prefetches_weights
         return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, prefetched) for k in self.kernels]

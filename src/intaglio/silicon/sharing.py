@@ -12,23 +12,26 @@ MANY = -1
 
 
 class SharedHbm:
-    """Finds conflicts in a run: two cores access the same byte of HBM, and one of them writes it.
+    """Detects conflicts between cores in one run: two cores access the same byte of HBM, and at least one writes it.
 
-    The simulator refuses a run with a conflict, because the order of two cores' accesses is not defined.
+    The simulator refuses a run with a conflict, because the order of the two accesses is not defined.
 
     Attributes:
-        writer: for each byte, 1 + number of the core that has written the byte; 0: no core has.
-        reader: for each byte, 1 + number of the core that has read the byte; 0: no core has; MANY: several cores have.
+        writer: for each byte, 1 + the number of the core that wrote it; 0: none has.
+        reader: for each byte, 1 + the number of the core that read it; 0: none has; MANY: several have.
     """
 
     def __init__(self) -> None:
         self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
 
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
-        """Record that `core` reads or writes the bytes at `indices`. Returns "" if there is no conflict.
+        """Record that `core` accesses the bytes at `indices`. Returns the kind of conflict: "writes", "reads" or "".
 
-        If another core has written one of the bytes, there is a conflict, and "writes" is returned. If another core has
-        read one of the bytes and this core writes (`writes` is True), there is a conflict, and "reads" is returned.
+        - "writes": another core has written one of the bytes.
+        - "reads": this core writes, and another core has read one of the bytes.
+        - "": there is no conflict.
+
+        writes: True if `core` writes, False if it reads.
         """
         if not indices.size:
             return ""

@@ -15,18 +15,21 @@ ChunkCounts = tuple[tuple[int, int, int], ...]  # (queries, keys up to and inclu
 
 
 def count_chunks(q_len: Sequence[int], context_len: Sequence[int]) -> ChunkCounts:
-    """A tuple with (q_len, context_len, number of sequences that have both) for each distinct pair in a batch."""
+    """Returns a tuple with an item (q_len, context_len, n) for each distinct pair of lengths in a batch.
+
+    n is the number of sequences that have both lengths. q_len, context_len: lengths of each sequence.
+    """
     pairs, counts = np.unique(np.stack([q_len, context_len], axis=1), axis=0, return_counts=True)
     return tuple((int(q), int(c), int(n)) for (q, c), n in zip(pairs, counts, strict=True))
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes of a batch, on which the time of a step depends.
+    """Sizes of a batch that determine the modelled time of a step.
 
     Attributes:
         tokens: number of tokens that the step computes, one row of activations each.
-        rows: number of tokens whose logits are wanted.
+        rows: number of tokens whose logits are needed.
         sequences: a tuple of (queries, keys, n): n sequences have this number of queries and of keys.
         filtered: True if any row is sampled with top-k or top-p.
     """
@@ -38,29 +41,29 @@ class BatchSizes:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Values of the symbolic dimensions of tensor shapes, as a dict {"T": ..., "S": ..., "R": ...}.
+        """The values of the symbolic dimensions of tensor shapes, a dict {"T": ..., "S": ..., "R": ...}.
 
-        T is the number of tokens, S the number of sequences, R the number of tokens whose logits are wanted.
+        T is the number of tokens, S the number of sequences, R the number of tokens whose logits are needed.
         """
         return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
     @cached_property
     def counts(self) -> BatchSizes:
-        """A copy in which every sequence has one query and one key, instead of its own numbers.
+        """A copy of these sizes in which every sequence has one query and one key.
 
-        The numbers of tokens, rows and sequences stay. The copy is the cache key for times of ops other than attention:
-        steps that differ only in their sequences' queries and keys share one Timing.
+        The numbers of tokens, rows and sequences are unchanged. The copy is a cache key for the times of ops other than
+        attention: steps that differ only in the queries and keys of their sequences share one Timing.
         """
         return BatchSizes(self.tokens, self.rows, ((1, 1, self.sizes["S"]),), self.filtered)
 
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
-        """Divide the batch into two halves. Returns the BatchSizes of the first and of the second half.
+        """Divide the batch into two halves of nearly equal size. Returns the BatchSizes of the first and second half.
 
-        Their numbers of tokens differ by at most one, and so do their numbers of rows (tokens whose logits are wanted).
-        Each group of sequences with equal numbers of queries and keys is divided equally. If a group has an odd number
-        of sequences, one sequence is cut in the middle of its queries, and the first half gets the earlier queries. A
-        sequence with a single query is not cut: it goes to the half with fewer tokens so far, or, if the halves have
-        equally many, to the first half.
+        The halves differ by at most one token, and by at most one row (token whose logits are needed). Each group of
+        sequences with equal numbers of queries and keys is divided equally. If a group has an odd number of sequences,
+        one of them is cut in the middle of its queries; the first half gets the earlier queries. A sequence with a
+        single query is not cut. It goes to the half that has fewer tokens so far, or to the first half if both have
+        equally many.
         """
         parts: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
         surplus = 0  # tokens of the first half beyond those of the second: -1, 0 or 1
@@ -80,14 +83,15 @@ class BatchSizes:
         return a, b
 
     def rows_of(self, dim: int | str) -> int:
-        """The size of a tensor dimension in this step: `dim` itself, or the size that self.sizes has for a name.
+        """Returns the size of a tensor dimension in this step.
 
-        Raises KeyError for an unknown name.
+        dim: a number, which is returned, or the name of a symbolic dimension, such as "T". Raises KeyError for an
+        unknown name.
         """
         return self.sizes[dim] if isinstance(dim, str) else dim
 
     def batch(self) -> Batch:
-        """A Batch of these sizes with token ids 0. Op.work() takes it to count FLOPs and bytes."""
+        """Returns a Batch that has these sizes; all token ids are 0. Op.work() needs it to count FLOPs and bytes."""
         rows_left, used, chunks = self.rows, 0, list[Chunk]()
         for q, keys, n in self.sequences:
             for _ in range(n):
@@ -98,9 +102,9 @@ class BatchSizes:
 
 
 def sizes_of(batch: Batch) -> BatchSizes:
-    """Count a Batch's tokens, rows with wanted logits and sequences of each length, as a BatchSizes.
+    """Returns the BatchSizes of a Batch: its numbers of tokens, rows and sequences.
 
-    `filtered` is True if any row is sampled at a temperature above 0 with top-k, or with top-p below 1.
+    Its `filtered` is True if any row is sampled at a temperature above 0 with top-k, or with top-p below 1.
     """
     filtered = any(s.temperature > 0 and (s.top_k or s.top_p < 1) for s in batch.sampling)
     counts = count_chunks(batch.q_len.tolist(), batch.context_len.tolist())

@@ -17,7 +17,7 @@ ALIGN = 64  # bytes: alignment of tiles and of tensors in HBM
 
 @dataclass(frozen=True)
 class Stream:
-    """The instructions of one core in program order. Each engine executes its own instructions in this order.
+    """The instructions of one core in program order. Each engine of the core executes its instructions in this order.
 
     site: name of the op's place in the model, such as layers.3.mlp.down_proj. chip: number of the core's chip.
     """
@@ -38,17 +38,18 @@ class Ring:
     used: int = 0
 
     def next(self) -> Region:
-        """The next tile of the ring; after the last comes the first again."""
+        """Returns the next tile of the ring. After the last tile it returns the first again."""
         self.used += 1
         return self.tiles[(self.used - 1) % len(self.tiles)]
 
 
 @dataclass
 class LastAccess:
-    """The accesses to one tile since its last write.
+    """Record of the last write to one tile, and of the reads since then. Instructions of an engine are numbered from 1.
 
-    writer: (engine, instruction number) of the last write; None if there was none. readers: {engine: number of its
-    last instruction that has read the tile since this write}. Instructions of an engine are numbered from 1.
+    Attributes:
+        writer: (engine, instruction number) of the last write; None: there was none.
+        readers: {engine: number of its latest instruction that has read the tile since the last write}.
     """
 
     writer: tuple[int, int] | None = None
@@ -56,9 +57,9 @@ class LastAccess:
 
 
 class StreamBuilder:
-    """Builds a Stream, the instructions of one core, with the waits that order its engines.
+    """Builds the Stream of one core. Derives for each instruction which instructions of other engines it must wait for.
 
-    Also allocates SRAM and accumulator tiles, from the start of each memory; none is freed.
+    It also allocates tiles in SRAM and accumulators, one after the other from the start of the memory; none is freed.
     """
 
     def __init__(self, site: str, chip: int = 0) -> None:
@@ -82,14 +83,14 @@ class StreamBuilder:
         return region
 
     def ring(self, depth: int, rows: int, cols: int, format: str = "f32", space: str = "sram") -> Ring:
-        """Allocate and return a Ring of `depth` tiles [rows, cols]."""
+        """Allocate a Ring of `depth` tiles, each [rows, cols]. Returns the Ring."""
         return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
 
     def emit(self, instruction: Instruction) -> None:
-        """Append a copy of `instruction`, with a new value of its field `wait`, to the stream. Returns nothing.
+        """Append `instruction` to the stream, as a copy whose field `wait` is set. Returns nothing.
 
-        The new value lets it wait for the earlier instructions that write what it reads, for those that read or write
-        what it overwrites, and for all instructions before the last fence().
+        With this `wait`, the instruction waits for three kinds of earlier instructions: those that write what it reads,
+        those that read or write what it overwrites, and all before the last fence().
         """
         engine = ENGINES.index(instruction.engine)
         need = list(self.fenced)
@@ -113,14 +114,14 @@ class StreamBuilder:
         self.instructions.append(replace(instruction, wait=tuple(need)))
 
     def fence(self) -> None:
-        """Make all instructions that are emitted later wait for all instructions emitted so far. Returns nothing."""
+        """Make every instruction that is emitted later wait for all instructions emitted so far. Returns nothing."""
         self.fenced = list(self.count)
 
     def _last_access(self, region: Region) -> LastAccess:
-        """The LastAccess record of `region`; an empty one is created and kept if there is none.
+        """Returns the LastAccess record of `region`. If there is none, an empty record is created, kept and returned.
 
-        In SRAM and accumulators there is one record for each tile. In HBM there is one for each start address: regions
-        that overlap but start elsewhere have different records.
+        SRAM and accumulators have one record for each tile. HBM has one for each start address, so regions that overlap
+        but have different start addresses have different records.
         """
         low, high = region.span
         if region.space == "hbm":
@@ -129,18 +130,18 @@ class StreamBuilder:
         return self.accesses.setdefault((region.space, tile), LastAccess())
 
     def stream(self) -> Stream:
-        """The Stream of all instructions emitted so far."""
+        """Returns a Stream with all instructions emitted so far."""
         return Stream(self.site, tuple(self.instructions), self.chip)
 
 
 class Heap:
-    """Bump allocator of HBM: gives each tensor an aligned address and never frees."""
+    """Allocator of HBM. Each tensor gets the next free aligned address; no memory is ever freed."""
 
     def __init__(self) -> None:
         self.top = 0
 
     def allocate(self, rows: int, cols: int, format: str) -> Region:
-        """Allocate a contiguous [rows, cols] matrix and return its region."""
+        """Allocate a contiguous [rows, cols] matrix in HBM. Returns its Region."""
         region = dense("hbm", self.top, rows, cols, format)
         self.top += -(-max(1, region.nbytes) // ALIGN) * ALIGN
         return region

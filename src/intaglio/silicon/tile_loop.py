@@ -27,25 +27,24 @@ AHEAD = 0.5  # part of HBM's latency in which other cores have its bandwidth, se
 
 @dataclass(frozen=True, kw_only=True)
 class TileLoop:
-    """A loop of equal jobs, dealt to the cores in turn; each loads a tile, computes on it and stores the result.
+    """A loop of equal jobs, dealt to the cores in turn. Each job loads a tile, computes on it and stores the result.
 
     Attributes:
-        jobs: number of jobs, of all cores together.
+        jobs: number of jobs of all cores together.
         load: bytes that a job loads.
         work_s: seconds that a job computes on the vector lanes.
-        read_s: the first part of work_s, in which the job reads its tile. After it the next load may overwrite the
-            tile. 0: all of work_s.
+        read_s: seconds from the start of the computation until the job's tile may be overwritten; 0: all of work_s.
         store: bytes that a job stores.
         depth: number of tile buffers that a core has for loads; it has as many for results. This is also the largest
             number of jobs that overlap on a core.
         once: bytes that each core loads before its first job, in addition to its jobs' bytes.
-        pieces: parts of a job's bytes that are loaded, computed and stored one after the other, each from a ring of its
-            own; they sum to 1.
+        pieces: fractions of a job, which sum to 1. A job's bytes are loaded, computed and stored in these pieces one
+            after the other; each piece has buffers of its own.
         in_place: True if a tile is stored from where it was loaded, so that it is free only after its store.
-        load_missed: bytes that HBM moves for each loaded byte; 0: the L2 has all operands.
-        store_missed: bytes that HBM moves for each stored byte; 0: the L2 keeps all results.
+        load_missed: bytes that HBM moves per loaded byte; 0: the L2 has all operands.
+        store_missed: bytes that HBM moves per stored byte; 0: the L2 keeps all results.
         store_s: minimum seconds of a job's store; 0: no minimum.
-        one_ring: True if the pieces use one ring of `depth` tiles, in turn.
+        one_ring: True if all pieces use the same `depth` buffers in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
         loads: number of load instructions of a piece.
     """
@@ -67,7 +66,7 @@ class TileLoop:
     loads: int = 1
 
     def seconds(self, target: Target) -> float:
-        """Seconds from the first load to the last store, without launch overhead."""
+        """Returns the modelled seconds from the first load to the last store, without launch overhead."""
         if self.jobs <= 0:
             return 0.0
         full, rest = divmod(self.jobs, target.chip.cores)
@@ -79,21 +78,22 @@ class TileLoop:
         return seconds
 
     def through_l2(self, target: Target, source: Source) -> tuple[float, float]:
-        """Seconds of the loop on a chip with an L2, and the bytes that HBM moves, as a tuple (seconds, bytes).
+        """Returns (seconds of the loop, bytes that HBM moves) on a chip with an L2.
 
-        The L2 decides which accesses miss, instead of load_missed and store_missed. The seconds are from the first load
-        to the last store, without launch overhead. source: where the operands are before the loop; see L2.
+        The seconds are from the first load to the last store, without launch overhead. A model of the L2 decides which
+        accesses miss; load_missed and store_missed are not used.
 
-        A loop that outgrows the L2 is followed only for the numbers of jobs that followed_jobs() lists. The result for
-        a number between two of these is interpolated: the seconds rise from one to the other as the seconds of a loop
-        without evictions do. So more jobs never take less time.
+        A loop that exceeds the L2 is simulated only for the numbers of jobs that followed_jobs() lists. For a number
+        between two of these the result is interpolated, so that more jobs never take less time.
+
+        source: where the operands are before the loop; see the class L2.
         """
         capacity, cores = target.chip.l2_bytes * target.library.l2_usable, target.chip.cores
         read = self.load * (source != "l2")  # bytes of a job that HBM reads in any case
         kept = int(capacity / (self.store + self.load * (source != "gathered")))  # jobs without evictions
 
         def usual(jobs: int) -> float:
-            """Seconds of a loop of so many jobs if nothing were evicted."""
+            """Returns the seconds of this loop with `jobs` jobs, if the L2 evicted nothing."""
             return replace(self, jobs=jobs, load_missed=float(source != "l2")).seconds(target)
 
         if self.jobs <= kept:
@@ -114,9 +114,11 @@ class TileLoop:
 
 
 def followed_jobs(kept: int, cores: int) -> Iterator[int]:
-    """Numbers of jobs, ascending, for which a loop that outgrows the L2 is followed.
+    """Yields the numbers of jobs that through_l2() simulates, in ascending order. It interpolates between them.
 
-    kept: largest number of jobs with which it does not outgrow the L2.
+    All are above `kept`: a loop with so many jobs exceeds the L2.
+
+    kept: largest number of jobs whose data fit the L2. cores: number of cores.
     """
     rounds, latest = kept // cores, kept
     last = SETTLED * max(1, rounds)
@@ -132,7 +134,7 @@ def followed_jobs(kept: int, cores: int) -> Iterator[int]:
 
 @lru_cache(maxsize=16384)
 def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
-    """Seconds of a loop, found by following one core through all of its jobs.
+    """Returns the seconds of a loop, from a simulation of one core through all of its jobs.
 
     full: number of jobs that every core has. rest: number of cores that have one more job. loop.jobs is not used.
     """
@@ -141,9 +143,9 @@ def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
 
 @lru_cache(maxsize=16384)
 def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) -> tuple[float, float]:
-    """(seconds, bytes that HBM moves) of a loop that outgrows the L2, found by following one core.
+    """Returns (seconds, bytes that HBM moves) of a loop that exceeds the L2, from a simulation of one core.
 
-    jobs: number of jobs; loop.jobs is not used. k: the L2 has 1 / k of the chip's size.
+    jobs: number of jobs; loop.jobs is not used. k: the simulated L2 has 1 / k of the size that the library can use.
     """
     capacity = target.chip.l2_bytes * target.library.l2_usable / k
     core = _Core(loop, target, *divmod(jobs, target.chip.cores), L2(jobs * loop.load, capacity, source))
@@ -151,13 +153,17 @@ def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) 
 
 
 class _Core:
-    """Simulation of the core of a TileLoop that has the largest number of jobs, so that its time is the loop's time.
+    """Simulation of one core of a TileLoop, one with the largest number of jobs. Its time is the time of the loop.
 
-    A TileLoop may divide its jobs into pieces (TileLoop.pieces). This class treats each piece as a job of its own, and
-    numbers them from 0 on each core; only `full` and `rest` count whole jobs.
+    A TileLoop may divide its jobs into pieces (TileLoop.pieces). In this class each piece is a job; jobs are numbered
+    from 0 on each core. Only `full` and `rest` count whole jobs of the TileLoop.
 
-    full: number of whole jobs that every core has. rest: number of cores that have one more. l2: model of the L2, which
-    decides which accesses miss; None: loop.load_missed and loop.store_missed are used instead.
+    Args:
+        loop: the loop; loop.jobs is not used.
+        target: chip and kernel library.
+        full: number of whole jobs that every core has.
+        rest: number of cores that have one more whole job.
+        l2: model of the L2, which decides which accesses miss; None: loop.load_missed and loop.store_missed are used.
     """
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int, l2: L2 | None = None) -> None:
@@ -169,15 +175,15 @@ class _Core:
         self.late_tiles = 1 - 1 / target.chip.cores
 
     def active(self, job: int) -> int:
-        """Number of cores that have at least `job` + 1 jobs, and so run a job number `job`."""
+        """Returns the number of cores that execute a job with the number `job`: all that have more than `job` jobs."""
         return self.target.chip.cores if job < self.full * len(self.loop.pieces) else self.rest
 
     def piece(self, job: int) -> float:
-        """Size of the piece with the number `job`, as a fraction of a whole job of the loop."""
+        """Returns the size of job number `job` as a fraction of a whole job of the TileLoop."""
         return self.loop.pieces[job % len(self.loop.pieces)]
 
     def begin_load(self, job: int) -> _Flow:
-        """The _Flow (a transfer of this core) that loads the tile of job number `job`. Records the load in self.l2."""
+        """Returns a new transfer: the load of job number `job`. It is recorded in self.l2, if there is one."""
         loop, users = self.loop, self.active(job)
         own = loop.load * self.piece(job)
         size = own + (0 if job else loop.once)
@@ -191,7 +197,7 @@ class _Core:
         return _Flow(size, users, moved / (users * size), missed, late)
 
     def begin_store(self, job: int) -> _Flow:
-        """The _Flow that stores the result of job number `job`. Records the store in self.l2, if there is one."""
+        """Returns a new transfer: the store of job number `job`. It is recorded in self.l2, if there is one."""
         users, size = self.active(job), self.loop.store * self.piece(job)
         if self.l2 is None:
             return _Flow(size, users, self.loop.store_missed)
@@ -200,10 +206,10 @@ class _Core:
         return _Flow(size, users, written / (users * size))
 
     def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
-        """The bandwidth of this core's current transfers: (bytes/s of its load, bytes/s of its store).
+        """Returns the current rates of this core's transfers: (bytes/s of its load, bytes/s of its store).
 
-        Other cores make the same transfers at the same time and share the bandwidth of the L2 and of HBM equally; a
-        _Flow has their number. load, store: the core's transfers. None: there is no such transfer, and its rate is 0.
+        Other cores make the same transfers at the same time. All of them share the bandwidth of the L2 and of HBM
+        equally; _Flow.users is their number. load, store: the core's transfers; None: there is none, and its rate is 0.
         """
         chip, loop = self.target.chip, self.loop
         flows = [flow for flow in (load, store) if flow is not None]
@@ -223,7 +229,7 @@ class _Core:
         return of(load), min(of(store), loop.store / loop.store_s) if loop.store_s else of(store)
 
     def run(self) -> float:
-        """Seconds until the core's last store has ended."""
+        """Run the simulation. Returns the seconds until the core's last store has ended."""
         loop, count, now = self.loop, self.count, 0.0
         depth = loop.depth * (1 if loop.one_ring else len(loop.pieces))
         latency_s = self.target.chip.constants.hbm_latency_s
@@ -277,14 +283,14 @@ class _Core:
 
 @dataclass(frozen=True)
 class _Flow:
-    """A transfer of one core, while other cores make an equal transfer.
+    """A load or store of one core. Other cores make an equal transfer at the same time.
 
     Attributes:
         size: bytes that one core moves.
         users: number of cores that make the transfer, this core included.
-        missed: bytes that HBM moves for each byte of `size`.
+        missed: bytes that HBM moves per byte of `size`.
         part: for a load, the fraction of its bytes that miss the L2.
-        late: True if a line of the tile misses the L2, though others may be there.
+        late: True if at least one line of the tile misses the L2.
     """
 
     size: float

@@ -23,10 +23,14 @@ ENGINE_NAMES = {
 
 @dataclass(frozen=True)
 class OpSpan:
-    """One op of a step: site, kind, and start and end in seconds since the start of the step.
+    """One op of a step, with its modelled start and end in seconds since the start of the step.
 
-    `timing`: Timing of its kernel alone. `stalled_on`: "HBM" if the op took longer than its kernel, because its weights
-    had not arrived from HBM in time; else "".
+    Attributes:
+        site: name of the op's place in the model, such as layers.3.mlp.down_proj.
+        kind: kind of the op, such as "linear".
+        start, end: seconds since the start of the step.
+        timing: the Timing of the op's kernel by itself.
+        stalled_on: "HBM" if the op took longer than its kernel because its weights arrived late from HBM; else "".
     """
 
     site: str
@@ -56,11 +60,11 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """Modelled time of the step in seconds."""
+        """The modelled time of the step in seconds."""
         return max((e.end for e in self.ops), default=0.0)
 
     def busy(self) -> dict[str, float]:
-        """Seconds in which each engine and memory was in use, summed over all ops, as a dict by name such as "MXU"."""
+        """Returns {name of an engine or memory, such as "MXU": seconds in which it was in use}, summed over all ops."""
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
             for engine, seconds in e.timing.busy.items():
@@ -68,10 +72,11 @@ class Timeline:
         return dict(out)
 
     def spent_on(self) -> dict[str, float]:
-        """The seconds of the step by bottleneck, as a dict {name of an engine or memory: seconds}.
+        """Divide the step's seconds among its bottlenecks. Returns a dict {name of an engine or memory: seconds}.
 
-        They sum to the step's time. The largest busy time of an op counts for the engine or memory with that time; if
-        the op stalled on HBM, it counts for HBM instead. The rest of the op's time counts as "launch, ramps and tails".
+        The bottleneck of an op is the engine or memory that it keeps busy longest, and gets this busy time. If the op
+        stalled on HBM, HBM gets it instead. The rest of the op's time counts as "launch, ramps and tails". All items
+        sum to the time of the step.
         """
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
@@ -82,52 +87,58 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """(name, seconds) of the largest item of spent_on(); the name is in words. Raises ValueError without ops."""
+        """The pair (name, seconds) of the largest item of spent_on(), with a readable name such as "the matrix array".
+
+        Raises ValueError if the step has no ops.
+        """
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
 
     def totals(self) -> Timing:
-        """The sum of the Timings of all ops, as one Timing."""
+        """Returns one Timing with the sums of all ops: seconds, busy times, bytes, FLOPs and steps."""
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
-        """Model FLOPs utilization (MFU): the step's FLOPs divided by (peak FLOP/s in `format` * the step's seconds).
+        """Returns the model FLOPs utilization (MFU): the step's FLOPs / (peak FLOP/s in `format` * the step's seconds).
 
-        Returns 0 for a step without time. Raises ChipError for a format that the chip's array does not multiply.
+        Returns 0 if the step takes no time. Raises ChipError for a format that the chip's matrix array does not
+        multiply.
         """
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:
-        """HBM utilization: bytes that HBM moves in the step, divided by (data sheet's bytes/s * the step's seconds).
+        """Returns the HBM utilization: bytes that HBM moves / (bytes/s of the data sheet * the step's seconds).
 
-        Returns 0 for a step without time.
+        Returns 0 if the step takes no time.
         """
         return self.totals().hbm_bytes / (self.seconds * self.chip.hbm_bytes_per_s) if self.seconds else 0.0
 
     def link_share(self) -> float:
-        """Link utilization: bytes that the chip sends, divided by (bytes/s of all its links * the step's seconds).
+        """Returns the link utilization: bytes that the chip sends / (bytes/s of all its links * the step's seconds).
 
-        Returns 0 for a step without time, and for a chip without links.
+        Returns 0 if the step takes no time, or if the chip has no links.
         """
         rate = self.chip.links.chip_bytes_per_s
         return self.totals().link_bytes / (self.seconds * rate) if self.seconds and rate else 0.0
 
     def joules(self) -> dict[str, float]:
-        """Estimated joules of the step, as a dict by consumer: "arithmetic", "HBM", "L2", "links" and "idle"."""
+        """Returns the estimated joules of the step, a dict with the keys "arithmetic", "HBM", "L2", "links", "idle"."""
         return joules(self.chip, [(e.timing, 1) for e in self.ops], self.seconds)
 
     def by_kind(self) -> dict[str, float]:
-        """A dict of the seconds of the step by kind of op, largest first."""
+        """Returns a dict {kind of op: its seconds in the step}, largest first."""
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
             out[e.kind] += e.seconds
         return dict(sorted(out.items(), key=lambda item: -item[1]))
 
     def report(self, format: str) -> str:
-        """One line of text for a user: bottlenecks, shares of peak FLOP/s and HBM rate, bytes, shares by kind of op.
+        """Returns one line of text for a user, with the bottlenecks and the utilization of FLOP/s, HBM and links.
 
-        Without ops the text is "the step has no ops". format: the number format, such as "e4m3", for which peak FLOP/s
-        is taken. Raises ChipError if the chip's array does not multiply this format.
+        It also has bytes moved, and the fraction of the time for each kind of op. Without ops the text is "the step has
+        no ops". Raises ChipError if the chip's matrix array does not multiply `format`.
+
+        format: number format, such as "e4m3", whose peak FLOP/s are taken as 100 %.
         """
         if not self.ops:
             return "the step has no ops"
@@ -150,11 +161,13 @@ class Timeline:
         return "; ".join([*parts, f"time by op: {kinds}"])
 
     def as_dict(self, format: str) -> dict[str, Any]:
-        """A dict of the step's figures for JSON: seconds, FLOPs, bytes, shares, joules, and the text of report().
+        """Returns a dict of the step's figures for JSON: seconds, FLOPs, bytes, shares, joules, and text of report().
 
-        The shares are the fractions of three peak rates that the step reaches: "flops_share" of FLOP/s, "hbm_share" of
-        HBM's bytes/s, "link_share" of the links' bytes/s. format: the number format, such as "e4m3", for which peak
-        FLOP/s is taken. Raises ChipError if the chip's array does not multiply this format.
+        Each share is the fraction of a peak rate that the step reaches: "flops_share" of the chip's FLOP/s, "hbm_share"
+        of HBM's bytes/s, "link_share" of the links' bytes/s. Raises ChipError if the chip's matrix array does not
+        multiply `format`.
+
+        format: number format, such as "e4m3", whose peak FLOP/s are taken.
         """
         total = self.totals()
         return {
@@ -166,10 +179,10 @@ class Timeline:
 
 
 def joules(chip: ChipSpec, kernels: Sequence[tuple[Timing, int]], seconds: float) -> dict[str, float]:
-    """Estimated joules of a step of `seconds` on one chip, as a dict with the consumers below.
+    """Returns the estimated joules of a step that takes `seconds` seconds on one chip, as a dict by consumer.
 
-    "arithmetic", "HBM", "L2" and "links" (for the bytes that they move), and "idle" (idle power over all seconds).
-    kernels: pairs (Timing, how often the kernel runs in the step).
+    Its keys are "arithmetic"; "HBM", "L2" and "links" for the bytes that each of them moves; and "idle" for idle power
+    over all seconds. kernels: pairs (Timing of a kernel, how often it runs in the step).
     """
     energy = chip.energy
     return {
@@ -182,9 +195,9 @@ def joules(chip: ChipSpec, kernels: Sequence[tuple[Timing, int]], seconds: float
 
 
 def chrome_trace(chips: Sequence[Timeline]) -> str:
-    """JSON text of the timelines in Chrome's trace event format, which Perfetto and chrome://tracing open.
+    """Returns the timelines as JSON text in Chrome's trace event format, which Perfetto and chrome://tracing open.
 
-    Each chip is a process, with one row for ops and one for each engine.
+    Each chip is shown as a process, with one row for its ops and one for each engine.
     """
     events: list[dict[str, Any]] = []
     for pid, timeline in enumerate(chips):
@@ -203,9 +216,10 @@ def chrome_trace(chips: Sequence[Timeline]) -> str:
 
 
 def metadata_event(name: str, pid: int, tid: int, value: str) -> dict[str, Any]:
-    """A metadata event of Chrome's trace format, as a dict. It gives a process or a thread (one row) the name `value`.
+    """Returns a metadata event of Chrome's trace format as a dict. It names a process, or a thread (row of the viewer).
 
-    name: "process_name" to name process `pid`, or "thread_name" to name thread `tid` of this process.
+    name: "process_name" to name process `pid`, or "thread_name" to name thread `tid` of this process. value: the new
+    name.
     """
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": {"name": value}}
 
@@ -213,10 +227,16 @@ def metadata_event(name: str, pid: int, tid: int, value: str) -> dict[str, Any]:
 def duration_event(
     name: str, kind: str, pid: int, tid: int, start: float, seconds: float, args: dict[str, Any]
 ) -> dict[str, Any]:
-    """A complete event of Chrome's trace format, as a dict: a named block in row `tid` of process `pid`.
+    """Returns a complete event of Chrome's trace format as a dict: a block called `name` in row `tid` of process `pid`.
 
-    kind: the event's category. start, seconds: start and duration in seconds; the dict has microseconds. args: further
-    values that the viewer shows.
+    Args:
+        name: text that the block shows.
+        kind: the event's category.
+        pid: number of the process.
+        tid: number of the row.
+        start: start in seconds; the dict has microseconds.
+        seconds: duration in seconds; the dict has microseconds.
+        args: further values that the viewer shows.
     """
     return {
         "ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid, "ts": start * 1e6, "dur": seconds * 1e6,

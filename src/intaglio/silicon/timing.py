@@ -19,13 +19,15 @@ class Timing:
     Attributes:
         seconds: time of the kernel, launch included.
         busy: {engine or memory: seconds in which it is in use}, as a mean over the cores.
-        hbm_bytes, l2_bytes, link_bytes: bytes moved.
+        hbm_bytes: bytes moved from and to HBM.
+        l2_bytes: bytes moved between the L2 and the cores.
+        link_bytes: bytes that the chip sends over its links.
         flops: FLOPs of the matrix array.
         format: number format in which the matrix array multiplies.
         weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
         choice: tile, split or algorithm chosen, in words.
         steps: number of steps of a collective's schedule; 0 for other kernels.
-        jobs: tiles or other equal units of work that were dealt to the cores; 0: not counted.
+        jobs: number of tiles or other equal units of work that were dealt to the cores; 0: not counted.
     """
 
     seconds: float
@@ -42,14 +44,14 @@ class Timing:
 
     @property
     def bound(self) -> str:
-        """Name of the engine or memory that is busy for the longest time; "launch" if none is busy."""
+        """The name of the engine or memory that is busy for the longest time; "launch" if none is busy."""
         return max(self.busy, key=lambda e: self.busy[e]) if self.busy else "launch"
 
     def __add__(self, other: Timing) -> Timing:
-        """The Timing of two kernels that run one after the other.
+        """Returns the Timing of two kernels that run one after the other.
 
-        Seconds, busy times, bytes, FLOPs and steps are added. `format` is that of the kernel with the larger number of
-        FLOPs, `jobs` that of the kernel with the longer time.
+        Seconds, busy times, bytes, FLOPs and steps are added. `format` is taken from the kernel with more FLOPs, `jobs`
+        from the kernel that takes longer.
         """
         keys = [*self.busy, *(k for k in other.busy if k not in self.busy)]
         return Timing(
@@ -68,11 +70,11 @@ class Timing:
 
 
 def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> Any:
-    """Seconds of a software pipeline of n iterations: load a tile, then compute on it, with a ring of `depth` tiles.
+    """Returns the seconds of a software pipeline of n iterations. Each loads a tile and then computes on it.
 
     The time runs from the start of the first load to the end of the last computation. A load takes load_s. Its tile can
-    be used latency_s later, is computed on for work_s, and is then free for another load. Arguments are numbers or
-    arrays that broadcast, and so is the result.
+    be used latency_s later; the computation takes work_s, and then the tile is free for another load. There are `depth`
+    tiles, used in turn. Arguments are numbers or arrays that broadcast, and so is the result.
 
     The result is exact: it is the length of the longest chain of dependencies. With r waits for a free tile, a chain
     takes (r + 1) * (load_s + latency_s + work_s) + (n - 1 - r * depth) * max(load_s, work_s) seconds. The formula is
@@ -85,15 +87,19 @@ def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> An
 
 
 def fraction_held(need: float, capacity: float) -> float:
-    """The fraction, 0 to 1, of `need` bytes that a cache of `capacity` bytes still holds when they are read again.
+    """Returns the fraction (0 to 1) of `need` bytes that are still in a cache of `capacity` bytes at the next read.
 
-    1 if `need` is at most `capacity`, 0 if it is at least twice `capacity`, and linear between: modelled time grows
-    without a jump where a tensor outgrows the L2. The width of the transition is an assumption. 0 for capacity 0.
+    It is 1 if `need` is at most `capacity`, 0 if it is at least twice `capacity`, and linear between. So modelled time
+    grows without a jump where a tensor exceeds the L2. The width of this transition is an assumption. Returns 0 if
+    `capacity` is 0.
     """
     return min(1.0, max(0.0, 2 - need / capacity)) if capacity else 0.0
 
 
 def waves(jobs: Any, cores: int) -> tuple[Any, Any]:
-    """(number of full waves, jobs in the last partial wave) when `jobs` equal jobs run on `cores` cores."""
+    """Divide `jobs` equal jobs among `cores` cores. Returns (number of full rounds, jobs in the last partial round).
+
+    In a full round every core has one job. jobs: a number or an array.
+    """
     full = np.floor(jobs / cores)
     return full, jobs - full * cores

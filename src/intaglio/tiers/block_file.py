@@ -22,23 +22,29 @@ CHECKSUM = hashlib.sha256().digest_size
 
 
 class BlockFileError(ValueError):
-    """Raised for a file that is not the K/V block that was asked for, or is damaged."""
+    """Raised if a file is damaged, or is not the file of the K/V block that was asked for."""
 
 
 def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:
-    """The beginning of a block's file, before its contents, as bytes: magic number, header length, header as JSON."""
+    """Returns the first bytes of a K/V block's file: magic number, length of the header, and the header as JSON.
+
+    The block's contents follow them in the file.
+    """
     facts = {"scope": asdict(scope), "name": key.name, "parent": key.parent, "tokens": key.tokens, "bytes": block_bytes}
     header = json.dumps(facts, sort_keys=True).encode()
     return MAGIC + len(header).to_bytes(4, "little") + header
 
 
 def file_size(scope: BlockScope, key: BlockKey, block_bytes: int) -> int:
-    """Bytes of the file of a K/V block whose contents have `block_bytes` bytes."""
+    """Returns the size in bytes of the file of a K/V block whose contents have `block_bytes` bytes."""
     return len(head_of(scope, key, block_bytes)) + block_bytes + CHECKSUM
 
 
 def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[bytes | memoryview]:
-    """The file of a K/V block as a list of its parts: head, contents, checksum. content: uint8 [block_bytes]."""
+    """Returns the bytes of a K/V block's file as a list of three parts: head, contents, checksum.
+
+    content: the block's contents, uint8 [block_bytes].
+    """
     head, body = head_of(scope, key, content.nbytes), np.ascontiguousarray(content).data
     checksum = hashlib.sha256(head)
     checksum.update(body)
@@ -46,10 +52,10 @@ def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[by
 
 
 def read_block(file: Path, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-    """Read a block's file and check it. Returns the contents, uint8 [block_bytes].
+    """Read a K/V block's file and check it. Returns the block's contents, uint8 [block_bytes].
 
-    Raises BlockFileError, saying what is wrong, if the file is not exactly what file_bytes() gives for this block, and
-    OSError if it cannot be read.
+    Raises BlockFileError, which says what is wrong, if the file is not exactly the one that file_bytes() makes for this
+    block. Raises OSError if the file cannot be read.
     """
     with file.open("rb", buffering=0) as f:
         size, wanted = os.fstat(f.fileno()).st_size, file_size(scope, key, block_bytes)
@@ -63,17 +69,17 @@ def read_block(file: Path, scope: BlockScope, key: BlockKey, block_bytes: int) -
 def check_block(
     held: np.ndarray, size: int, where: str, scope: BlockScope, key: BlockKey, block_bytes: int
 ) -> np.ndarray:
-    """Check the bytes of a block's file and return the block's contents, uint8 [block_bytes].
+    """Check the bytes of a K/V block's file. Returns the block's contents, uint8 [block_bytes].
 
     Args:
-        held: the file's first bytes, uint8 [n]. The caller need not read more bytes than this block's file must have.
+        held: the file's first bytes, uint8 [n]; more bytes than this block's file must have are not needed.
         size: number of bytes of the whole file.
-        where: names the file in errors.
+        where: name of the file for error messages.
         scope: BlockScope of the engine's blocks.
         key: the block that the file must hold.
         block_bytes: bytes of the contents.
 
-    Raises BlockFileError if the file is not exactly what file_bytes() gives for this block.
+    Raises BlockFileError if the file is not exactly the one that file_bytes() makes for this block.
     """
     head = head_of(scope, key, block_bytes)
     wanted = len(head) + block_bytes + CHECKSUM

@@ -14,18 +14,18 @@ from intaglio.program import Program
 
 
 class BlockOrder:
-    """Two orders of the bytes of a K/V block: that of an engine's ranks, and that of the whole model.
+    """Converts the bytes of a K/V block between two orders: the engine's own order, and the order of the whole model.
 
-    An engine has the blocks of its ranks one rank after the other. Heads that several ranks hold are there several
-    times. In the order of the whole model each cache of the Program is there once, with all its heads.
+    In the engine's order, the parts of the ranks follow one another; heads that several ranks hold are repeated. In the
+    order of the whole model, each K/V cache of the model is there once, with all its heads.
 
     Args:
         whole: the Program of the whole model.
         ranks: the Programs of the engine's ranks, in order.
-        tp: number of lanes among which heads are divided.
+        tp: degree of tensor parallelism: the number of ranks among which heads are divided.
         parts: the executable's block_parts.
 
-    Raises ValueError if the parts are not those of the ranks' K/V caches, or the ranks do not hold all heads.
+    Raises ValueError if the parts do not match the ranks' K/V caches, or if the ranks together do not hold all heads.
     """
 
     def __init__(self, whole: Program, ranks: Sequence[Program], tp: int, parts: Sequence[int]) -> None:
@@ -62,14 +62,20 @@ class BlockOrder:
         self.runs.append((own, whole, size))
 
     def to_whole(self, own: np.ndarray) -> np.ndarray:
-        """A block in the order of the whole model, uint8 [block_bytes]. own: in the engine's order."""
+        """Returns a block's bytes in the order of the whole model, uint8 [block_bytes].
+
+        own: the block's bytes in the engine's order, uint8 [own_bytes].
+        """
         whole = np.empty(self.block_bytes, np.uint8)
         for at, to, size in self.runs:
             whole[to : to + size] = own[at : at + size]
         return whole
 
     def to_own(self, whole: np.ndarray) -> np.ndarray:
-        """A block in the engine's order, uint8 [own_bytes]. whole: in the order of the whole model."""
+        """Returns a block's bytes in the engine's order, uint8 [own_bytes].
+
+        whole: the block's bytes in the order of the whole model, uint8 [block_bytes].
+        """
         own = np.empty(self.own_bytes, np.uint8)
         for at, to, size in self.runs:
             own[at : at + size] = whole[to : to + size]
@@ -77,7 +83,7 @@ class BlockOrder:
 
 
 def caches(program: Program) -> Iterator[tuple[str, int]]:
-    """Yield (name, number of heads) of each K/V cache of a Program, in order. A cache without heads counts as one."""
+    """Yields (name, number of heads) of each K/V cache of a Program, in order. A cache without heads counts as 1."""
     for t in program.of_role("state"):
         if t.shape[0] == "P":
             yield t.name, int(t.shape[2]) if len(t.shape) == 4 else 1

@@ -30,14 +30,16 @@ CONNECTIONS_MAX = 256  # one more ends the oldest that has not proved that it kn
 
 
 class BlockServer:
-    """A TCP server that gives K/V blocks to clients that prove that they know its token. Each connection has a thread.
+    """A TCP server from which other replicas fetch K/V blocks. A client must prove that it knows the server's token.
+
+    Each connection has a thread.
 
     Args:
-        address: where to listen, and the token. Port 0: any free one.
-        get: function from a block's name to the bytes of its file; None if this server does not have the block.
-        refused: called with the reason for each connection that is refused or ended.
+        address: host, port and token of the server. Port 0 stands for any free port.
+        get: function from a block's name to the bytes of its file; returns None if this server does not have the block.
+        refused: function called with the reason for each connection that is refused or ended.
 
-    Raises OSError that names the address if it cannot be bound.
+    Raises OSError, which names the address, if the server cannot listen there.
     """
 
     def __init__(self, address: TcpAddress, get: Callable[[str], bytes | None], refused: Callable[[str], None]) -> None:
@@ -68,10 +70,10 @@ class BlockServer:
                 s.close()
 
     def _take(self, s: socket.socket) -> bool:
-        """Count a new connection if there is room. Returns True, or False if the caller has to refuse and close it.
+        """Accept a new connection if there is room. Returns True, or False if the caller has to refuse and close it.
 
-        With CONNECTIONS_MAX connections, the oldest client that has not yet proved that it knows the token is cut off.
-        If all have proved it, there is no room.
+        If there are CONNECTIONS_MAX connections, the oldest one whose client has not yet proved that it knows the token
+        is ended to make room. If all clients have proved it, there is no room.
         """
         with self._lock:
             if len(self._connections) >= CONNECTIONS_MAX:
@@ -113,14 +115,14 @@ class BlockServer:
 
 
 class _Wrong(Exception):
-    """Raised for a request that no BlockClient sends."""
+    """Raised when a client sends an invalid request."""
 
 
 def _request(s: socket.socket, where: str) -> list[str]:
-    """Wait for the next request on a connection. Returns the names of the K/V blocks that it asks for, as a list.
+    """Wait for the next request on a connection. Returns a list of the names of the K/V blocks that it asks for.
 
-    The list is empty if the peer has closed the connection. where: the peer's address, for errors. Raises _Wrong for a
-    request of no blocks or of too many, OSError if the connection fails.
+    The list is empty if the client has closed the connection. Raises _Wrong if the number of names is 0 or too large,
+    and OSError if the connection fails. where: the client's address.
     """
     s.settimeout(None)
     first = s.recv(COUNT.size)
@@ -135,12 +137,14 @@ def _request(s: socket.socket, where: str) -> list[str]:
 
 
 class BlockClient:
-    """An authenticated connection to a BlockServer. Raises OSError if it cannot be made or is refused.
+    """A connection to a BlockServer. The constructor connects, and proves that this side knows the token.
 
     Args:
-        address: address of the server, and the token that it knows.
-        connecting: longest time, in seconds, for the connection and for each answer of the handshake.
-        silence: longest time, in seconds, without a byte of an answer; then OSError is raised.
+        address: address and token of the server.
+        connecting: largest number of seconds to connect, and to wait for each message of the handshake.
+        silence: largest number of seconds without a byte from the server; after it, methods raise OSError.
+
+    Raises OSError if the connection cannot be made or is refused.
     """
 
     def __init__(self, address: TcpAddress, connecting: float, silence: float) -> None:
@@ -151,26 +155,26 @@ class BlockClient:
 
     @property
     def alive(self) -> bool:
-        """True unless the server has closed the connection. Only for a connection on which no answer is due."""
+        """True unless the server has closed the connection. Use it only while no answer is expected."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         return not poll.poll(0)
 
     def ask(self, names: Sequence[str]) -> None:
-        """Ask the server for blocks by name, at most NAMES_MAX; answers() then yields them.
+        """Send the server a request for blocks by name, at most NAMES_MAX. answers() receives them. Returns nothing.
 
         Raises OSError if the connection fails.
         """
         self.socket.sendall(COUNT.pack(len(names)) + b"".join(map(bytes.fromhex, names)))
 
     def answers(self, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (contents, size) for each block asked for, in order, up to the first that the server lacks.
+        """Receive the blocks that ask() requested. Yields (contents, size) of each, up to the first that is missing.
 
-        contents is the block's file, uint8 [size]. If the server announces another size than `sizes` says, the pair is
-        (uint8 [0], the announced size). The block is then not received, and the connection cannot be used any more.
+        `contents` is the block's file, uint8 [size]. If the server announces a size that differs from `sizes`, the pair
+        is (uint8 [0], announced size); the block is then not received, and the connection cannot be used any more.
         Raises OSError if the connection fails.
 
-        sizes: number of bytes that each block's file must have.
+        sizes: for each requested block, the number of bytes that its file must have.
         """
         for wanted in sizes:
             [size] = SIZE.unpack(self._receive(SIZE.size).tobytes())
@@ -179,9 +183,9 @@ class BlockClient:
             yield self._receive(wanted if size == wanted else 0), size
 
     def abort(self) -> None:
-        """End the connection. Any thread may call this while another waits for an answer.
+        """End the connection. One thread may call this while another thread waits for an answer.
 
-        The thread that waits gets an OSError, and then has to close() this client.
+        The waiting thread gets an OSError, and then has to call close().
         """
         _end(self.socket)
 
@@ -200,6 +204,6 @@ class BlockClient:
 
 
 def _end(s: socket.socket) -> None:
-    """Shut down a connection that another thread may be using. That thread then gets an error and closes the socket."""
+    """End a connection that another thread may be using. That thread gets an error and closes the socket."""
     with suppress(OSError):
         s.shutdown(socket.SHUT_RDWR)

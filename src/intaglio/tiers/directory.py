@@ -30,7 +30,13 @@ NUMBERS = itertools.count()
 
 @dataclass(frozen=True)
 class HeldFile:
-    """A file in the directory: when it was last used (ns since the epoch), its path and its size in bytes."""
+    """A K/V block's file in the directory.
+
+    Attributes:
+        used: time of last use, in ns since the epoch.
+        path: path of the file.
+        size: its size in bytes.
+    """
 
     used: int
     path: str
@@ -38,19 +44,20 @@ class HeldFile:
 
 
 class NoRoom(Exception):
-    """Raised for a block that is not kept, because pinned blocks leave no room for it within the budget."""
+    """Raised when a K/V block is not stored, because blocks that may not be evicted take up the budget."""
 
 
 class BlockDirectory:
-    """The K/V block files of a folder, with LRU eviction. The folder is made at the first write, for this user only.
+    """A folder with the files of K/V blocks. The least recently used files are deleted if they exceed the budget.
 
-    One thread writes; any thread may read. The attribute `leases` (a Leases) protects blocks from eviction for a time.
+    One thread may write; any thread may read. The folder is made at the first write, with access for this user only.
+    The attribute `leases` (a Leases) protects blocks from eviction for a time.
 
     Args:
         folder: the folder; several processes may use the same one.
-        budget: bytes of all files together. A process notices what other processes have written only when it looks at
-            the sizes of all files, which it does after writing 1/16 of the budget. So for a while the files may exceed
-            the budget by 1/16 of it for each process.
+        budget: largest number of bytes of all files together. A process notices what other processes have written only
+            when it looks at the sizes of all files, which it does after writing 1/16 of the budget. So for a while the
+            files may exceed the budget by 1/16 for each process.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -59,32 +66,33 @@ class BlockDirectory:
         self.written = 0  # bytes since all files were looked at
 
     def file(self, name: str) -> Path:
-        """The path of a block's file."""
+        """Returns the path of the file of the block `name`, whether or not the file exists."""
         return self.folder / name[:2] / f"{name}{SUFFIX}"
 
     def has(self, name: str) -> bool:
-        """True if the folder has a file for the block of this name. Its contents are not checked."""
+        """Returns True if the folder has a file for the block `name`. The file's contents are not checked."""
         return os.path.exists(self.file(name))
 
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-        """The contents of a block, uint8 [block_bytes].
+        """Returns the contents of the block `key`, uint8 [block_bytes].
 
-        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged, OSError if it
-        cannot be read.
+        Raises FileNotFoundError if the block has no file, BlockFileError if the file is damaged or holds another block,
+        OSError if it cannot be read.
         """
         return read_block(self.file(key.name), scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
-        """Write a block's file; then delete the least recently used files if the budget is exceeded.
+        """Write a block's file. If the budget is exceeded, delete the least recently used files.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written or evict() fails, and NoRoom
-        if the budget is still exceeded after that. After an error nothing is left of the file.
+        Returns the number of files deleted. Raises OSError if the file cannot be written or evict() fails. Raises
+        NoRoom if the budget is still exceeded after evict(). After an error the new file does not exist.
 
         Args:
             name: name of the block.
             parts: contents of the file, in pieces.
             parent: name of the block before it in the prompt; "": none. If the parent has a file, the new file gets a
-                slightly older time of last use, so that it is evicted before the parent. Else it counts as used now.
+                slightly older time of last use, so that it is evicted before the parent. Otherwise it counts as used
+                now.
         """
         if self.held is None:
             self.scan()
@@ -121,18 +129,19 @@ class BlockDirectory:
         return deleted
 
     def remove(self, name: str) -> None:
-        """Delete a block's file. Does nothing if the file does not exist or the file system refuses. Returns nothing.
+        """Delete the file of the block `name`, even if a lease protects it. Returns nothing.
 
-        Leases are not looked at.
+        Does nothing if the file does not exist or the file system refuses.
         """
         with suppress(OSError):
             self.file(name).unlink()
 
     def touch(self, names: Sequence[str]) -> None:
-        """Mark the files of blocks as just used, by their modification times, so that others are evicted first.
+        """Mark the files of some blocks as just used, so that other files are evicted first. Returns nothing.
 
-        A child gets an older time than its parent, so it is evicted first. Files that are not there are skipped. names:
-        the names of the blocks, each the parent of the next.
+        The modification time of a file is its time of last use. A child gets an older time than its parent, so that it
+        is evicted before the parent. Names without a file are skipped. names: names of the blocks, each the parent of
+        the next.
         """
         now = time.time_ns()
         for depth, name in enumerate(names):
@@ -140,16 +149,17 @@ class BlockDirectory:
                 os.utime(self.file(name), ns=(now, now - DEPTH * depth))
 
     def _date(self, file: Path, parent: str) -> None:
-        """Make a block's new file look a little older than that of its parent, so that the new file is evicted first.
+        """Make a block's new file count as used just before its parent's file, so that the new file is evicted first.
 
-        parent: name of the block before it in the prompt. If the parent has no file, nothing changes. Returns nothing.
+        Returns nothing. If the parent has no file, nothing is changed. parent: name of the parent, the block before
+        this one in the prompt.
         """
         with suppress(OSError):  # no parent, or deleted meanwhile
             used = os.stat(self.file(parent)).st_mtime_ns - DEPTH
             os.utime(file, ns=(used, used))
 
     def scan(self) -> list[HeldFile]:
-        """Look at all files and delete old partial ones. Returns a list with a HeldFile for each block."""
+        """Read the sizes of all files, and delete old partial files. Returns a list with a HeldFile for each block."""
         found, now = list[HeldFile](), time.time()
         for folder in [entry.path for entry in entries(self.folder) if len(entry.name) == 2]:
             for entry in entries(folder):
@@ -163,11 +173,11 @@ class BlockDirectory:
         return found
 
     def evict(self) -> int:
-        """If all files together exceed the budget, delete the least recently used, but none that a lease protects.
+        """Delete the least recently used files if all together exceed the budget. Returns the number of files deleted.
 
-        It stops when 1 / ROOM of the budget is free. Returns the number of files deleted. Raises OSError if the folder
-        of leases cannot be locked: TimeoutError if others lock it for LOCK_WAIT seconds, such as a process that was
-        stopped while it evicted.
+        It stops when 1 / ROOM of the budget is free. Files that a lease protects are not deleted. Raises OSError if the
+        folder of leases cannot be locked; TimeoutError if others hold the lock for LOCK_WAIT seconds, such as a process
+        that was stopped while it evicted.
         """
         with self.leases.locked():
             return self._evict()
@@ -194,7 +204,7 @@ class BlockDirectory:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The files and folders in a folder, as a list of os.DirEntry; [] if the folder cannot be read."""
+    """Returns a list of os.DirEntry, one for each file and folder in `folder`; [] if the folder cannot be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)

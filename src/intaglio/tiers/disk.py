@@ -15,13 +15,13 @@ from intaglio.tiers.store import StoreTier
 
 
 class DiskTier(StoreTier):
-    """A Connector that keeps blocks as files in a directory.
+    """A Connector that keeps K/V blocks as files in a directory.
 
     Args:
-        folder: the directory, made if it is not there.
-        budget: bytes that all files there may have.
-        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
-        report: called with a message for the operator, once for each kind; by default it issues a warning.
+        folder: the directory; it is made if it does not exist.
+        budget: largest number of bytes of all files there together.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never returned.
+        report: function called with a message for the operator, once for each kind; by default it issues a warning.
     """
 
     def __init__(

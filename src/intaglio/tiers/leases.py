@@ -26,20 +26,20 @@ SECOND = 10**9  # ns
 
 
 class Leases:
-    """The leases on the K/V blocks of a folder, shared by all processes that use it. Each lease is a file.
+    """Leases on the K/V blocks of a folder. A lease protects some blocks from eviction until a given time.
 
-    A lease pins blocks until a time, so that they are not evicted. It is taken for blocks that another replica will
-    load.
+    It is taken for blocks that another replica will load. Each lease is a file, so all processes that use the folder
+    see it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "leases"
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
+        """Take a lease: protect the blocks `names` from eviction for `seconds`. Returns its id, 32 hexadecimal digits.
 
-        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
-        LOCK_WAIT seconds, and OSError if the lease cannot be written; then nothing is pinned.
+        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds,
+        and OSError if the lease cannot be written; after an error no block is protected.
         """
         lease = secrets.token_hex(16)
         check_seconds(seconds)  # before anything is written
@@ -59,10 +59,10 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease protect its blocks until `seconds` from now. Returns True.
+        """Extend a lease, so that it ends `seconds` seconds from now. Returns True if the lease was extended.
 
-        Returns False, and extends nothing, if the lease has run out already or its file cannot be changed. Raises
-        ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
+        Returns False if the lease has ended already or its file cannot be changed. Raises ValueError unless 0 < seconds
+        <= LONGEST, and TimeoutError if others lock the folder for LOCK_WAIT seconds. lease: id of the lease.
         """
         check_seconds(seconds)
         try:
@@ -80,22 +80,25 @@ class Leases:
     def release(self, lease: str) -> None:
         """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
 
-        lease: its id, as take() returned it.
+        lease: id of the lease, as take() returned it.
         """
         with suppress(OSError, ValueError):
             self._file(lease).unlink()
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """A frozenset of the names of blocks that a lease pins; None if it has run out, is damaged, or never was."""
+        """Returns a frozenset of the names of the blocks that a lease protects; None if it has ended or never existed.
+
+        A lease whose file is damaged counts as none. lease: id of the lease.
+        """
         try:
             return self._read(self._file(lease))
         except ValueError:
             return None
 
     def pinned(self) -> set[str]:
-        """A set of the names of all pinned blocks. Deletes the leases that have run out or are damaged.
+        """Returns a set of the names of all blocks that leases protect. Deletes leases that have ended or are damaged.
 
-        Also deletes partial files, left by processes that were killed while they wrote a lease.
+        Also deletes partial files of processes that were killed while they wrote a lease.
         """
         found: set[str] = set()
         for partial in self.folder.glob(".*"):
@@ -113,9 +116,9 @@ class Leases:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Context manager in which no other process or thread takes a lease or evicts.
+        """Returns a context manager that locks the leases. Then no other process or thread takes a lease or evicts.
 
-        Raises TimeoutError if others lock the folder for LOCK_WAIT seconds, OSError if it cannot be locked.
+        Raises TimeoutError if others hold the lock for LOCK_WAIT seconds, and OSError if the folder cannot be locked.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -126,9 +129,9 @@ class Leases:
             os.close(file)
 
     def _file(self, lease: str) -> Path:
-        """The path of the file of the lease with the id `lease`.
+        """Returns the path of the file of a lease.
 
-        Raises ValueError for a text that is no id, such as a path.
+        Raises ValueError if `lease` is not 32 hexadecimal digits; so it cannot be a path.
         """
         if not re.fullmatch(r"[0-9a-f]{32}", lease, re.ASCII):
             raise ValueError(f"{lease[:40]!r} is no lease; allowed: 32 hexadecimal digits")
@@ -147,7 +150,10 @@ class Leases:
 
 
 def _lock(file: int, patience: float) -> None:
-    """Lock an open file, for this process alone. Raises TimeoutError if others hold it for `patience` seconds."""
+    """Lock an open file for this process alone. Raises TimeoutError if others hold the lock for `patience` seconds.
+
+    file: descriptor of the file.
+    """
     until = time.monotonic() + patience
     while True:
         try:
@@ -165,13 +171,13 @@ def check_seconds(seconds: float) -> None:
 
 
 def _ends(seconds: float) -> int:
-    """The time `seconds` from now, ns since the epoch. Raises ValueError unless 0 < seconds <= LONGEST."""
+    """Returns the time `seconds` from now, in ns since the epoch. Raises ValueError unless 0 < seconds <= LONGEST."""
     check_seconds(seconds)
     return time.time_ns() + int(seconds * SECOND)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of leases in a folder; [] if it cannot be read."""
+    """Returns the paths of all lease files in `folder`; [] if the folder cannot be read."""
     try:
         return [file for file in folder.iterdir() if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
     except OSError:

@@ -18,9 +18,9 @@ USE = 1 << 32  # between two uses; more than the blocks of a sequence
 
 
 class MemoryLeases:
-    """Leases on blocks, kept in this process's memory: each pins blocks until a time, so that they are not evicted.
+    """Leases on K/V blocks, kept in this process's memory. A lease protects blocks from eviction until a given time.
 
-    They have the methods of Leases, whose leases are files.
+    The class has the same methods as Leases, which keeps leases as files.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,10 @@ class MemoryLeases:
         self._lock = threading.Lock()
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the id of the lease, 32 hexadecimal digits.
+        """Take a lease: protect the blocks `names` from eviction for `seconds`. Returns its id, 32 hexadecimal digits.
 
-        A name that is not stored is accepted: its block is pinned if it is written during that time.
-
-        Raises ValueError unless 0 < seconds <= LONGEST.
+        A block that is not stored yet is protected too, if it is stored during that time. Raises ValueError unless 0 <
+        seconds <= LONGEST.
         """
         check_seconds(seconds)
         lease = secrets.token_hex(16)
@@ -41,9 +40,9 @@ class MemoryLeases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease protect its blocks until `seconds` from now.
+        """Extend a lease, so that it ends `seconds` seconds from now. Returns True, or False if it has ended already.
 
-        Returns True, or False if the lease had run out before. Raises ValueError unless 0 < seconds <= LONGEST.
+        Raises ValueError unless 0 < seconds <= LONGEST. lease: id of the lease.
         """
         check_seconds(seconds)
         with self._lock:
@@ -56,19 +55,22 @@ class MemoryLeases:
     def release(self, lease: str) -> None:
         """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
 
-        lease: its id, as take() returned it.
+        lease: id of the lease, as take() returned it.
         """
         with self._lock:
             self._held.pop(lease, None)
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
+        """Returns a frozenset of the names of the blocks that a lease protects; None if it has ended or never existed.
+
+        lease: id of the lease.
+        """
         with self._lock:
             ends, names = self._held.get(lease, (0.0, None))
         return names if ends > time.monotonic() else None
 
     def pinned(self) -> set[str]:
-        """A set of the names of all pinned blocks. Forgets the leases that have run out."""
+        """Returns a set of the names of all blocks that leases protect. Forgets the leases that have ended."""
         with self._lock:
             now = time.monotonic()
             self._held = {lease: held for lease, held in self._held.items() if held[0] > now}
@@ -76,9 +78,9 @@ class MemoryLeases:
 
 
 class BlockMemory:
-    """K/V blocks in memory, each held as the bytes that its file would have. Any thread may use it.
+    """Store of K/V blocks in this process's memory. A block is held as the bytes of its file. Any thread may use it.
 
-    To make room for a block, the least recently used ones are evicted, except those that the attribute `leases` (a
+    If the budget is exceeded, the least recently used blocks are evicted, except those that the attribute `leases` (a
     MemoryLeases) protects for a time. budget: largest number of bytes of all blocks together.
     """
 
@@ -91,19 +93,19 @@ class BlockMemory:
         self._lock = threading.Lock()
 
     def has(self, name: str) -> bool:
-        """True if the block is here."""
+        """Returns True if the store holds the block `name`."""
         return name in self._blocks
 
     def get(self, name: str) -> bytes | None:
-        """The bytes of a block's file; None if it is not here."""
+        """Returns the bytes of the file of the block `name`; None if the store does not hold it."""
         with self._lock:
             return self._blocks.get(name)
 
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-        """The contents of the block `key`, uint8 [block_bytes].
+        """Returns the contents of the block `key`, uint8 [block_bytes].
 
-        Raises FileNotFoundError if nothing is stored under the block's name, BlockFileError if the stored bytes are
-        damaged or belong to another block.
+        Raises FileNotFoundError if the store does not hold the block, BlockFileError if the stored bytes are damaged or
+        belong to another block.
         """
         if (block := self.get(key.name)) is None:
             raise FileNotFoundError(f"{key.name} is not in {self.where}")
@@ -111,17 +113,17 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
-        """Keep a block's bytes in memory, replacing a block of the same name. Returns how many blocks were deleted.
+        """Store a block's bytes, replacing a block of the same name. Returns the number of blocks deleted for it.
 
-        If the budget would be exceeded, the least recently used blocks that no lease pins are deleted, until the new
-        block fits and, where possible, 1 / ROOM of the budget is free. Raises NoRoom if the new block itself would have
-        to be deleted, because the blocks left are pinned or were used more recently; the new block is not kept then.
+        If the budget is exceeded, the least recently used blocks that no lease protects are deleted, until the new
+        block fits and, where possible, 1 / ROOM of the budget is free. Raises NoRoom, and does not keep the new block,
+        if all other blocks are protected or were used more recently than it.
 
         Args:
             name: the block's name.
-            parts: the bytes, in one or more pieces.
-            parent: name of the block before this one in its sequence. If the parent is in this store, the new block
-                counts as used just before the parent was; else as used now.
+            parts: the bytes of its file, in one or more pieces.
+            parent: name of the block before this one in its sequence. If the store holds the parent, the new block
+                counts as used just before the parent was. Otherwise it counts as used now.
         """
         block = b"".join(parts)
         with self._lock:
@@ -144,15 +146,15 @@ class BlockMemory:
         return deleted
 
     def remove(self, name: str) -> None:
-        """Delete a block, if it is here."""
+        """Delete the block `name`. Does nothing if the store does not hold it. Returns nothing."""
         with self._lock:
             self.held = self._forget(name)
 
     def touch(self, names: Sequence[str]) -> None:
-        """Mark blocks as just used, so that others are evicted first. Returns nothing.
+        """Mark some blocks as just used, so that other blocks are evicted first. Returns nothing.
 
-        Of these blocks, a child is evicted before its parent. Blocks that are not here are skipped. names: the names of
-        the blocks, each the parent of the next.
+        Among these blocks, a child is evicted before its parent. Blocks that the store does not hold are skipped.
+        names: names of the blocks, each the parent of the next.
         """
         with self._lock:
             now = self._now()
@@ -165,6 +167,6 @@ class BlockMemory:
         return self._uses
 
     def _forget(self, name: str) -> int:
-        """Delete a block, if it is here. Returns the total number of bytes of the blocks that are left."""
+        """Delete the block `name`, if the store holds it. Returns the number of bytes of all blocks that are left."""
         self._used.pop(name, None)
         return (self.held or 0) - len(self._blocks.pop(name, b""))

@@ -32,22 +32,19 @@ IDLE_MAX = 64  # connections to peers that are kept open
 
 
 def default_budget(memory: int, engines: int) -> int:
-    """Default for the most bytes of K/V blocks that an engine's PeerTier keeps in memory for its peers, an int.
+    """Returns the default memory budget, in bytes, for the K/V blocks that one engine keeps for its peers.
 
-    1/8 of the machine's memory is divided equally among its engines; each gets at most 8 GiB.
+    1/8 of the machine's memory is divided equally among its engines; each engine gets at most 8 GiB.
 
     Args:
         memory: bytes of the machine's memory.
-        engines: number of engines there that keep blocks for peers.
+        engines: number of engines on the machine that keep blocks for peers.
     """
     return max(1, min(BLOCKS_BYTES, memory // BLOCKS_SHARE // engines))
 
 
 class PeerLoad(StoreLoad):
-    """A load of K/V blocks in progress. Blocks come from this process's own tier or, over the network, from peers.
-
-    cancel() also closes the connection on which the load waits for a peer.
-    """
+    """A load of K/V blocks in progress. Blocks come from this process's own memory or, over the network, from peers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,16 +52,16 @@ class PeerLoad(StoreLoad):
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """Stop the load, also one that waits for a peer."""
+        """Stop the load. If it waits for an answer from a peer, the connection to the peer is closed."""
         with self._lock:
             super().cancel()
             if self.client:
                 self.client.abort()
 
     def wait_for(self, client: BlockClient | None) -> None:
-        """Record the connection that the loading thread waits for, so that cancel() can end it; None: there is none.
+        """Record the connection on which the load waits for a peer, so that cancel() can close it. Returns nothing.
 
-        Blocks while cancel() runs in another thread.
+        Waits while cancel() runs in another thread. client: the connection; None: the load waits for no peer.
         """
         with self._lock:
             self.client = client
@@ -76,12 +73,12 @@ class PeerTier(StoreTier):
     A peer is another replica. Blocks are fetched from a peer only after announce() has said that the peer has them.
 
     Args:
-        address: where this tier gives its blocks to peers, and the token that all peers know.
-        budget: bytes of the blocks in memory.
-        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
-        report: called with a message for the operator, once for each kind; by default it issues a warning.
+        address: TcpAddress at which this tier gives its blocks to peers, with the token that all peers know.
+        budget: largest number of bytes of the blocks in memory.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never returned.
+        report: function called with a message for the operator, once for each kind; by default it issues a warning.
 
-    Raises OSError that names the address if it cannot be bound.
+    Raises OSError, which names the address, if the tier cannot listen there.
     """
 
     def __init__(
@@ -96,14 +93,14 @@ class PeerTier(StoreTier):
 
     @property
     def address(self) -> TcpAddress:
-        """The TcpAddress at which this tier gives its blocks to peers."""
+        """The TcpAddress from which peers fetch this tier's blocks."""
         return self.server.address
 
     def announce(self, names: Iterable[str], address: TcpAddress) -> None:
-        """Record that the peer at `address` has the blocks of these names; a later load() fetches them from there.
+        """Record that the peer at `address` has the blocks `names`, so that a later load() fetches them from it.
 
-        Nothing is fetched now. A load() fetches only blocks that are not in this tier's own memory. At most
-        ANNOUNCED_MAX names are remembered; the oldest are forgotten.
+        Nothing is fetched now. load() fetches only blocks that are not in this tier's own memory. At most ANNOUNCED_MAX
+        names are remembered; the oldest are forgotten.
         """
         with self._peers:
             for name in names:
@@ -113,26 +110,25 @@ class PeerTier(StoreTier):
                 self._announced.popitem(last=False)
 
     def lookup(self, names: Sequence[str]) -> int:
-        """How many of the first blocks in `names` load() can probably get: up to the first that has no known place.
+        """Returns the number of blocks in `names` before the first block that load() cannot get.
 
-        A block has one if it is in the memory of this process, or if announce() has named a peer that has it. The peer
-        may have evicted the block since.
-
-        names: the names of the blocks, each the parent of the next.
+        This is the first block that is neither in this process's memory nor announced to be at a peer. A later load()
+        may get fewer, since blocks may be evicted. names: names of the blocks, each the parent of the next.
         """
         here = (at for at, name in enumerate(names) if name not in self._announced and not self.store.has(name))
         return next(here, len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> PeerLoad:
-        """Begin to load blocks of `block_bytes` bytes each. Returns the PeerLoad, which tells how far loading is.
+        """Begin to load the blocks `keys` in another thread. Returns a PeerLoad, which collects the loaded blocks.
 
         Blocks in this process's memory are read from there; the others are fetched from the peers that announce() has
-        named for them. After close() nothing is loaded: the PeerLoad is finished, without blocks.
+        named for them. After close() nothing is loaded: the PeerLoad has ended and has no blocks. block_bytes: bytes of
+        each block.
         """
         return self._begin(PeerLoad(), keys, block_bytes)
 
     def close(self) -> None:
-        """End the connections and the threads. The engine must not be in a step."""
+        """Close the connections and end the threads. It must not be called during a step of the engine."""
         self.server.close()
         super().close()
         for client in self._idle.values():
@@ -157,17 +153,16 @@ class PeerTier(StoreTier):
             keys = keys[got:]
 
     def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """The keys at the beginning of `keys` whose blocks the router has announced to be at one peer, as a list.
+        """Returns a list of the keys before the first key whose block is not announced to be at the peer `address`.
 
-        It ends before the first key whose block is not announced there; [] if that is the first one. address: the
-        peer's.
+        The list is empty if the first block is not announced there.
         """
         return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
 
     def _fetched(
         self, load: PeerLoad, address: TcpAddress, keys: Sequence[BlockKey], block_bytes: int
     ) -> Iterator[np.ndarray]:
-        """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check.
+        """Fetch blocks from a peer. Yields their contents in order, up to the first that is missing or fails a check.
 
         Args:
             load: the load to which the blocks belong; if it is cancelled, no more blocks are fetched.
@@ -214,13 +209,16 @@ class PeerTier(StoreTier):
                 client.close()
 
     def _forget(self, names: Iterable[str]) -> None:
-        """Forget which peer has these blocks, so that they are not fetched. names: names of the blocks."""
+        """Forget which peer has the blocks `names`, so that they are no longer fetched from it. Returns nothing."""
         with self._peers:
             for name in names:
                 self._announced.pop(name, None)
 
     def _connected(self, address: TcpAddress) -> BlockClient:
-        """A connection to a peer, kept or new. Raises OSError if the peer cannot be reached or refuses it."""
+        """Returns a connection to the peer at `address`: one that was kept, or a new one.
+
+        Raises OSError if the peer cannot be reached or refuses the connection.
+        """
         with self._peers:
             client = self._idle.pop(address, None)
         if client and client.alive:
@@ -230,9 +228,9 @@ class PeerTier(StoreTier):
         return BlockClient(address, CONNECTING, SILENCE)
 
     def _keep(self, client: BlockClient) -> None:
-        """Keep a connection open for the next load from the same peer. An older connection to that peer is closed.
+        """Keep a connection open for the next load from the same peer. An older kept connection to this peer is closed.
 
-        If there are then more than IDLE_MAX connections, the one that was kept longest is closed too.
+        If more than IDLE_MAX connections are kept then, the oldest is closed. Returns nothing.
         """
         with self._peers:
             surplus = [self._idle.pop(client.address)] if client.address in self._idle else []

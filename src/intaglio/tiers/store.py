@@ -24,7 +24,7 @@ RETRY = 30.0  # seconds without writing after the system refused to write
 
 
 class StoreLoad:
-    """A load in progress: K/V blocks that a thread reads."""
+    """A load in progress: a thread reads K/V blocks, and this object holds those that have been read."""
 
     def __init__(self) -> None:
         self.ended, self.cancelled, self.contents = threading.Event(), threading.Event(), list[np.ndarray]()
@@ -34,14 +34,14 @@ class StoreLoad:
         return self.ended.wait(seconds)
 
     def blocks(self) -> list[np.ndarray]:
-        """The contents of the blocks read so far, in order, as a new list of uint8 [block_bytes].
+        """Returns the contents of the blocks read so far, in order, as a new list of uint8 [block_bytes].
 
         The list ends before the first block that is missing or failed a check.
         """
         return list(self.contents)  # the reader appends to it
 
     def cancel(self) -> None:
-        """Stop the load: no further block is read."""
+        """Stop the load: no further block is read. Returns nothing."""
         self.cancelled.set()
 
 
@@ -49,40 +49,40 @@ L = TypeVar("L", bound=StoreLoad)
 
 
 class BlockLeases(Protocol):
-    """Interface of leases, which pin blocks until a time (see Leases)."""
+    """Interface of the leases of a BlockStore. A lease protects some blocks from eviction until a given time."""
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the id of the lease, a text.
+        """Take a lease: protect the blocks `names` from eviction for `seconds` seconds. Returns the lease's id, a str.
 
-        Names that are not stored are accepted. Raises ValueError unless 0 < seconds <= leases.LONGEST, and OSError if
-        the tier cannot write the lease.
+        Names of blocks that are not stored yet are allowed. Raises ValueError unless 0 < seconds <= leases.LONGEST, and
+        OSError if the lease cannot be written.
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease protect its blocks until `seconds` from now.
+        """Extend a lease, so that it ends `seconds` seconds from now. Returns True if the lease was extended.
 
-        Returns True, or False if the lease had run out before. Raises ValueError unless 0 < seconds <=
-        leases.LONGEST, TimeoutError if others lock the leases for too long.
+        Returns False if it has ended already or cannot be changed. Raises ValueError unless 0 < seconds <=
+        leases.LONGEST, and TimeoutError if others lock the leases for too long. lease: id of the lease.
         """
 
     def release(self, lease: str) -> None:
         """End a lease, so that it no longer protects its blocks from eviction. Does nothing if it has ended already.
 
-        lease: its id, as take() returned it.
+        lease: id of the lease, as take() returned it.
         """
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
+        """Returns a frozenset of the names of the blocks that a lease protects; None if it has ended or never was."""
 
 
 class BlockStore(Protocol):
-    """Interface of a store that holds a tier's K/V blocks, such as a folder or this process's memory.
+    """Interface of a store of K/V blocks, such as a folder or this process's memory.
 
     The store holds each block as the bytes of its file (see block_file.py).
 
     Attributes:
-        where: what the store is called in messages.
-        held: bytes of all blocks, as far as known; None: not known yet.
+        where: name of the store in messages.
+        held: bytes of all stored blocks, as far as known; None: not known yet.
     """
 
     where: str
@@ -90,51 +90,56 @@ class BlockStore(Protocol):
 
     @property
     def leases(self) -> BlockLeases:
-        """The store's BlockLeases: the object with which blocks are pinned for a time, so that they are not evicted."""
+        """The BlockLeases of the store, with which blocks are protected from eviction for a time."""
 
     def has(self, name: str) -> bool:
-        """True if the block is here. Its contents are not checked."""
+        """Returns True if the store has the block `name`. The block's contents are not checked."""
 
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-        """The contents of a block, uint8 [block_bytes].
+        """Returns the contents of the block `key`, uint8 [block_bytes].
 
-        Raises FileNotFoundError if nothing is stored under the block's name, BlockFileError if what is stored is
-        damaged or another block, OSError if it cannot be read.
+        Raises FileNotFoundError if the store does not have the block, BlockFileError if the stored bytes are damaged or
+        belong to another block, OSError if they cannot be read.
         """
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it.
+        """Store a block's bytes. Returns the number of blocks that were deleted to make room for it.
 
-        parent: name of the block before it. If the parent is here, the new block counts as used just before the parent
-        was, so that it is deleted first: without its parent it could not be used. Otherwise it counts as used now.
+        Raises OSError if the block cannot be written, and NoRoom if protected blocks leave no room for it. After an
+        error the block is not stored.
 
-        Raises OSError if it cannot be written, NoRoom if pinned blocks leave no room for it; it is not kept then.
+        Args:
+            name: name of the block.
+            parts: the bytes of its file, in pieces.
+            parent: name of the block before it. If the store has the parent, the new block counts as used just before
+                the parent was, so that it is deleted first: without its parent it could not be used. Otherwise it
+                counts as used now.
         """
 
     def remove(self, name: str) -> None:
-        """Delete the block `name`. Does nothing if the block is not here or cannot be deleted."""
+        """Delete the block `name`. Does nothing if the store does not have it or cannot delete it."""
 
     def touch(self, names: Sequence[str]) -> None:
-        """Mark blocks as just used, so that others are evicted first. Blocks that are not here are skipped.
+        """Mark some blocks as just used, so that others are evicted first. Blocks that are not stored are skipped.
 
-        names: the names of the blocks, each the parent of the next.
+        names: names of the blocks, each the parent of the next.
         """
 
 
 class StoreTier:
-    """A Connector that keeps blocks in a BlockStore, read by some threads and written by one more.
+    """A Connector that keeps K/V blocks in a BlockStore. Some threads read blocks from it, and one thread writes them.
 
     Errors, and blocks that fail a check, are counted, and the first of each kind is reported. A block that fails a
     check is deleted.
 
-    Args:
-        store: keeps the blocks.
-        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
-        report: called with a message for the operator, once for each kind.
-        readers: number of threads that read.
+    The store has blocks in the order of the whole model. If the engine's blocks are in another order, the attribute
+    `order` (a BlockOrder) must be set before the first load or save.
 
-    `order`, a BlockOrder, is to be set before the first load or save if the engine's blocks are not in the order of the
-    whole model, which the store has.
+    Args:
+        store: the store that keeps the blocks.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never returned.
+        report: function called with a message for the operator, once for each kind.
+        readers: number of threads that read.
     """
 
     def __init__(self, store: BlockStore, scope: BlockScope, report: Callable[[str], None], readers: int = 1) -> None:
@@ -148,23 +153,25 @@ class StoreTier:
         self.order: BlockOrder | None = None
 
     def lookup(self, names: Sequence[str]) -> int:
-        """How many of the first blocks in `names` the store has now. They may be evicted before they are loaded.
+        """Returns the number of blocks in `names` before the first block that load() cannot get from the store.
 
-        names: the names of the blocks, each the parent of the next.
+        A later load() may get fewer, since blocks may be evicted.
+
+        names: names of the blocks, each the parent of the next.
         """
         return self.stored(names)
 
     def stored(self, names: Sequence[str]) -> int:
-        """How many of the first blocks in `names` the store has: up to the first that it lacks.
+        """Returns the number of blocks in `names` before the first block that the store does not have.
 
-        names: the names of the blocks, each the parent of the next.
+        names: names of the blocks, each the parent of the next.
         """
         return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> StoreLoad:
-        """Begin to read blocks of `block_bytes` bytes each. Returns the StoreLoad, which tells how far reading is.
+        """Begin to read the blocks `keys` in another thread. Returns a StoreLoad, which collects the blocks.
 
-        After close() nothing is read: the StoreLoad is finished, without blocks.
+        After close() nothing is read: the StoreLoad has ended and has no blocks. block_bytes: bytes of each block.
         """
         return self._begin(StoreLoad(), keys, block_bytes)
 
@@ -179,10 +186,10 @@ class StoreTier:
         return load
 
     def save(self, key: BlockKey, content: np.ndarray) -> bool:
-        """Queue a block to be written later. Returns True, or False if the block is not queued.
+        """Queue a block to be written by another thread. Returns True, or False if the block is not queued.
 
-        It is not queued if too many bytes wait, if the tier is closed, and during RETRY seconds after a write has
-        failed.
+        A block is not queued if too many bytes wait to be written, if the tier is closed, and for RETRY seconds after a
+        failed write. key: the block. content: its contents.
         """
         with self.lock:
             if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
@@ -193,19 +200,19 @@ class StoreTier:
         return True
 
     def touch(self, names: Sequence[str]) -> None:
-        """Mark blocks as just used, so that others are evicted first. Blocks that are not here are skipped.
+        """Mark some blocks as just used, so that others are evicted first. Blocks that are not stored are skipped.
 
-        names: the names of the blocks, each the parent of the next.
+        names: names of the blocks, each the parent of the next.
         """
         with self.lock:
             if not self.closed:
                 self.writer.submit(self.store.touch, list(names))
 
     def pin(self, names: Sequence[str], seconds: float) -> str:
-        """Pin blocks, saved or still to be saved, for `seconds`. Returns the lease's id; "" if nothing could be pinned.
+        """Take a lease: protect the blocks `names` from eviction for `seconds` seconds. Returns the lease's id.
 
-        Until the lease ends they are not evicted. It ends by itself unless it is renewed. Raises ValueError unless
-        0 < seconds <= leases.LONGEST.
+        The blocks may be stored already, or be stored later. The lease ends by itself unless it is renewed. Returns ""
+        if the lease could not be taken. Raises ValueError unless 0 < seconds <= leases.LONGEST.
         """
         try:
             return self.store.leases.take(names, seconds)
@@ -215,11 +222,11 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease protect its blocks until `seconds` from now.
+        """Extend a lease, so that it ends `seconds` seconds from now. Returns True if the lease was extended.
 
-        Returns True, or False if the lease had run out before. The counter `expired` of `counts` counts the leases
-        that had run out. Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease
-        then goes on as before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
+        Returns False if it has ended already or cannot be changed; then the counter counts.expired grows by 1. Raises
+        TimeoutError if others lock the leases for too long; this counts as an error, and the lease goes on as before.
+        Raises ValueError unless 0 < seconds <= leases.LONGEST. lease: id of the lease.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)
@@ -231,17 +238,16 @@ class StoreTier:
         return renewed
 
     def release(self, lease: str) -> None:
-        """End a lease: its blocks may be evicted from now on."""
+        """End a lease, so that its blocks may be evicted. lease: id of the lease, as pin() returned it."""
         self.store.leases.release(lease)
 
     def handed(self, lease: str, names: Sequence[str]) -> int:
-        """How many of the first blocks in `names` another replica can rely on: stored, and protected by `lease`.
+        """Returns the number of blocks in `names` before the first that is not stored, or not protected by `lease`.
 
-        A lease protects blocks from eviction for a time. Returns 0 for a lease that has run out, and adds 1 to the
-        counter `expired`. A prefill replica calls this when it has saved a prompt's blocks for the replica that
-        generates.
+        A prefill replica calls this when it has saved a prompt's blocks: the replica that generates can rely on this
+        number of blocks. Returns 0 if the lease has ended, and then adds 1 to the counter counts.expired.
 
-        names: the names of the blocks, each the parent of the next.
+        lease: id of the lease. names: names of the blocks, each the parent of the next.
         """
         pinned = self.store.leases.names(lease)
         if pinned is None:
@@ -251,7 +257,7 @@ class StoreTier:
         return next((at for at, name in enumerate(names[:there]) if name not in pinned), there)
 
     def say(self, kind: str, what: str) -> None:
-        """Report a message to the operator. Only the first message of each kind is reported; later ones are dropped.
+        """Report a message to the operator, unless one of the same kind has been reported already. Returns nothing.
 
         Args:
             kind: a word for the kind of message.
@@ -264,7 +270,7 @@ class StoreTier:
         self.report(what)
 
     def damaged(self, error: BlockFileError) -> None:
-        """Count a block that failed a check. The first one is also reported to the operator. Returns nothing.
+        """Count a block that failed a check, and report the first such block to the operator. Returns nothing.
 
         error: what the check found.
         """
@@ -272,16 +278,16 @@ class StoreTier:
         self.say("corrupt", f"a K/V block cannot be used and is computed: {error}; further ones are only counted")
 
     def flush(self) -> None:
-        """Wait until all blocks handed over so far are written."""
+        """Wait until all blocks that save() has queued so far are written. Returns nothing."""
         with self.lock:
             written = None if self.closed else self.writer.submit(lambda: None)
         if written:
             written.result()
 
     def close(self) -> None:
-        """Cancel loads, write the blocks that wait to be written, and end the threads.
+        """Cancel all loads, write the blocks that are queued, and end the threads. Returns nothing.
 
-        The engine must not be in a step.
+        It must not be called during a step of the engine.
         """
         with self.lock:
             self.closed, loads = True, list(self.loads)
@@ -300,14 +306,17 @@ class StoreTier:
             load.ended.set()
 
     def _contents(self, load: StoreLoad, keys: Sequence[BlockKey], block_bytes: int) -> Iterator[np.ndarray]:
-        """Yield the contents of blocks, uint8 [block_bytes], up to the first that is not there or fails a check."""
+        """Yields the contents of the blocks `keys` in order, as uint8 [block_bytes].
+
+        It ends before the first block that is missing or fails a check, and when `load` is cancelled.
+        """
         for key in keys:
             if load.cancelled.is_set() or (content := self._read_one(key, block_bytes)) is None:
                 return
             yield content
 
     def _read_one(self, key: BlockKey, block_bytes: int) -> np.ndarray | None:
-        """Read a block. Returns the contents, uint8 [block_bytes]; None if it is missing, damaged or unreadable.
+        """Read the block `key`. Returns its contents, uint8 [block_bytes]; None if missing, damaged or unreadable.
 
         A damaged block is counted and deleted.
         """

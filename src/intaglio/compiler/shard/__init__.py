@@ -59,12 +59,13 @@ def shard(
 
 
 def _parts(program: Program, tp: int, coded: Set[str]) -> dict[str, list[Share]]:
-    """Find the ops whose results have other bits with `tp` lanes. Returns {site of the op: columns of each lane}.
+    """Find the ops whose results with `tp` lanes may differ in bits from those with one lane.
 
-    Such an op is either a linear of which each lane computes a partial sum, over its columns of x, or an embed of which
-    each lane quantises a part of the table, its columns of the table. The partial sums are added in the order of the
-    lanes in the list. coded: names of the weights whose codes come from a checkpoint. Raises LayoutError if the lanes
-    also divide sums of routed experts, or if the Program cannot be divided among `tp` lanes.
+    Returns {site of the op: list with the columns of each lane}. Such an op is either a linear of which each lane
+    computes a partial sum, over its columns of x, or an embed of which each lane quantises a part of the table, its
+    columns of the table. The partial sums are added in the order of the lanes in the list. coded: names of the weights
+    whose codes come from a checkpoint. Raises LayoutError if the lanes also divide sums of routed experts, or if the
+    Program cannot be divided among `tp` lanes.
     """
     layout = Layout(tp)
     lane = Lane(program, make_plan(program, layout), layout, 0, "f32", coded)

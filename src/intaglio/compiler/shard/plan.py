@@ -170,12 +170,12 @@ def _roots(p: Program, name: str, through: tuple[type[Op], ...], found: dict[str
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
-    """Make `plan` consistent for `out`, a linear's result that other ops read through views (ranges of its columns).
+    """Add a linear's result `out` to `plan`, or remove it, to match how its views are divided. Returns nothing.
 
-    `out` is added to the plan if every view is in the plan, the views together cover `out`, and no op reads `out`
-    itself. A lane (rank) then computes the columns of `out` that are in its parts of the views. Otherwise `out` and its
-    views are removed from the plan, so that each lane computes all their columns. If `out` has no views, the plan does
-    not change. Returns nothing.
+    A view is a range of columns of `out` that other ops read. `out` is added to the plan if every view is in the plan,
+    the views together cover `out`, and no op reads `out` itself. A lane (rank) then computes the columns of `out` that
+    are in its parts of the views. Otherwise `out` and its views are removed from the plan, so that each lane computes
+    all their columns. If `out` has no views, the plan does not change.
 
     plan: {name of a result: columns of each lane}; changed in place.
     """

@@ -37,7 +37,7 @@ def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """Convert shares of heads to shares of columns. Returns a list with one Share, a tuple of ranges, for each.
+    """Convert shares of heads to shares of columns. Returns a list with a Share of columns for each item of `shares`.
 
     by: number of columns per head.
     """

@@ -229,7 +229,7 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which a model multiplies queries beside rotating them; 1.0 if it only rotates them.
+    """The factor by which a model multiplies queries in addition to rotating them; 1.0 if it only rotates them.
 
     Up to three factors are tried. The result is the first with which `before` times the factor is rotated to `after` in
     the same style as the keys, and in as many dimensions. It is None if no factor gives this.

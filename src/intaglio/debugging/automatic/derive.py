@@ -109,7 +109,7 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A text for users that says which module of transformers cannot be ported, and which op or field is nearest to it.
+    """A text for users that names the module that cannot be ported, and the op or field of Decoder nearest to it.
 
     architecture: name of the architecture in config.json. e: the error, which names the module, what is missing, and
     the nearest op or field.
@@ -166,7 +166,7 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """Name patterns of the weights that the port ignores, as a tuple: the value of Family.ignored.
+    """Patterns for the names of the weights that the port ignores, as a tuple: the value of Family.ignored.
 
     A pattern, such as *.cross_attn., stands for a module in the layers that the trace never called. prefix: the part of
     a weight's name before the list of layers.

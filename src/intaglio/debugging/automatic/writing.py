@@ -89,9 +89,9 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """Return the first Variant that shows on which config key the value `name` depends; None if no variant shows it.
+    """Return the first Variant in which one changed config key changes the value `name`; None if there is none.
 
-    Such a variant has exactly one changed config key, and its value of `name` differs from the value in variants[0].
+    This variant has exactly one changed config key, and its value of `name` differs from the value in variants[0].
 
     Args:
         name: a key of Variant.facts, or several keys joined by dots, such as mixture.width.

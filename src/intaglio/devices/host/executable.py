@@ -167,10 +167,7 @@ class HostExecutable(RankExecutable):
 
     @property
     def plans(self) -> int:
-        """Number of steps that had to be planned because no plan was cached for the sizes of their batch.
-
-        A plan is the list of a step's tasks.
-        """
+        """Number of plans made so far. A plan is the list of a step's tasks, made if no cached plan fits the step."""
         return self.native.plans
 
     @property

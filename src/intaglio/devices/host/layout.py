@@ -21,7 +21,7 @@ from intaglio.program import Program
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight matrix is packed for the host's matrix product.
+    """The packed format of a weight matrix, as the host's matrix product reads it.
 
     Attributes:
         family: family of the weight's format. All formats of a family are packed in the same way.
@@ -102,7 +102,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class HostLayout:
-    """How the host stores and runs a Program: packed weights, buffers, and the ops at which native code stops.
+    """The host's layout for a Program: packed weights, buffers, and the ops at which native code stops.
 
     Attributes:
         matrices: {name of a packed matrix: its shape}. A packed matrix is named after the first weight in it.

@@ -136,7 +136,7 @@ def pack_again(
 
 
 def added_sums(program: Program) -> dict[int, dict[str, str]]:
-    """Find each all_reduce that the host can run together with the addition of a residual that follows it.
+    """Find the all_reduce ops that the host can run as one op with the residual addition after them.
 
     Returns {number of the all_reduce op: {"residual": name of the residual, "total": name of the addition's result}}.
     The addition must be the next op, and no other op may read the result of the all_reduce, because the host does not

@@ -25,7 +25,7 @@ Pack = Callable[[Program, list[str]], tuple[dict[str, _native.Weight], dict[str,
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The packed weights of the experts that a new placement of one layer's experts gives to this rank.
+    """Packed weights of one layer's experts on this rank, for a new placement of the experts on the ranks.
 
     Attributes:
         op: number of the layer's experts op in the Program.

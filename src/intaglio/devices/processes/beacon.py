@@ -29,10 +29,10 @@ LOW_DELAY = 0x10  # the same for routers, as the type of service
 
 
 class Beacon:
-    """One end of the heartbeats (UDP datagrams) between two hosts.
+    """Sends heartbeats (UDP datagrams) to another host and receives the heartbeats of that host.
 
-    It receives heartbeats at once, and sends them after meet() has been called with the port of the other end. If this
-    host does not allow the UDP socket, the beacon is off: it neither sends nor receives.
+    It receives from the start, and sends after meet() has been called with the port of the other end. If this host does
+    not allow the UDP socket, the beacon is off: it neither sends nor receives.
 
     Args:
         s: the TCP connection between the hosts, whose addresses are used.

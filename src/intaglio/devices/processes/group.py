@@ -63,7 +63,7 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """How to start one rank's process: its job, and the numbers of the CPU cores that it may use (() means all)."""
+    """The job of one rank's process, and the numbers of the CPU cores that it may use (() means all)."""
 
     job: Job
     cores: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class RankStart:
 
 @dataclass(frozen=True)
 class Place:
-    """Which ranks of a group run on this host.
+    """The part of a group of ranks that runs on this host, and its connections to the ranks on other hosts.
 
     Attributes:
         ranks: numbers of the ranks that run here.

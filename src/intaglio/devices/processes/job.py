@@ -90,10 +90,7 @@ class RankFacts:
 
 
 def read_facts(message: memoryview) -> RankFacts | str:
-    """Read what a rank answers after it has loaded its job, or failed to.
-
-    Returns its RankFacts, or the error's text.
-    """
+    """Read a rank's answer after loading its job. Returns its RankFacts, or the error's text if loading failed."""
     r = Reader(message)
     failed, size = r.array(np.int64, 2).tolist()
     if failed:

@@ -24,7 +24,9 @@ class KeptState:
 
 
 class KeptImages:
-    """Memory files, one for each of `ranks` ranks, that hold the ranks' packed weights.
+    """Memory files that hold the packed weights of ranks, one file per rank.
+
+    `ranks` is the number of ranks.
 
     They are used if packed weights are not cached on disk. They exist until the last group of ranks that uses them has
     ended. A group that replaces a crashed one maps the files instead of packing the weights again. Ranks map filled

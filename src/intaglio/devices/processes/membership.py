@@ -40,7 +40,7 @@ class FrameOrder:
 
 
 class Silence:
-    """Timer that says how long the other end of a link has been silent. It restarts whenever something is received.
+    """Timeout for the other end of a link. It restarts whenever something is received.
 
     Args:
         allowed: seconds of silence after which the other end counts as gone.
@@ -117,7 +117,7 @@ class Roster(Generic[Member]):
         self.members: list[Member] = []
 
     def add(self, member: Member) -> None:
-        """Add an agent that has connected to the end of the list. Returns None."""
+        """Append a newly connected agent to `members`. Returns None."""
         self.members.append(member)
 
     def alive(self) -> list[Member]:

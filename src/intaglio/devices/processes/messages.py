@@ -121,9 +121,9 @@ def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | 
 
 
 def value_parts(value: object) -> list[np.ndarray]:
-    """Return an answer with one value as a list of arrays, to be written as one message. read_value() reads it.
+    """Return an answer that holds `value` (as JSON). The answer is a list of arrays, to be written as one message.
 
-    The value is sent as JSON.
+    read_value() reads the message.
     """
     content = text(value)
     return [np.array([0, len(content), 0, 0, 0], np.int64), content]

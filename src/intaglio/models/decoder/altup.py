@@ -29,7 +29,7 @@ def start_streams(w: Writer, altup: AltUp, x: str) -> list[str]:
 
 
 def end_streams(w: Writer, streams: list[str]) -> str:
-    """Add the ops that join the residual streams to one before the head. Returns the name of its tensor, [R, hidden].
+    """Add the ops that average the residual streams before the head. Returns the name of the mean, [R, hidden].
 
     The result is the mean of the streams, for the R tokens whose logits are wanted. Before the mean, every stream but
     the first is projected and scaled so that its rows have the same root mean square as those of the first stream.

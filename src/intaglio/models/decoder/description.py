@@ -417,7 +417,7 @@ class Decoder:
 
 
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """Arguments of Decoder that most model families have under the same keys of config.json, as a dict.
+    """Read arguments of Decoder from the keys of config.json that most model families use. Returns {argument: value}.
 
     Args:
         c: the config.

@@ -78,7 +78,7 @@ def leave(w: Writer, h: Hyper, site: str, streams: str, entry: Entry, y: str) ->
 
 
 def collapse(w: Writer, h: Hyper, streams: str) -> str:
-    """Add the ops that join the residual streams to one before the head. Returns the name of its tensor, [R, hidden].
+    """Add the ops that sum the weighted residual streams before the head. Returns the name of the sum, [R, hidden].
 
     Only the R tokens whose logits are wanted are computed. streams: name of the tensor of all streams.
     """

@@ -105,7 +105,7 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Add the gate and the norm of a Mamba-2 block to its result `y`. Returns the name of the new tensor.
+    """Add the ops that gate and norm `y`, the result of a Mamba-2 block. Returns the name of the new tensor.
 
     Args:
         w: the Writer that adds the ops.

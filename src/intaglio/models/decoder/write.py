@@ -23,7 +23,7 @@ from intaglio.program import Program
 
 
 def write(w: Writer) -> Program:
-    """Make the Program of the Decoder that the Writer `w` has.
+    """Writes the ops of the Decoder `w.d` (model description) and returns the Program.
 
     Raises PortError for a weight with act-order (reordered columns) where only plain columns are supported, and for a
     wrong number of scales of the K/V cache.

@@ -76,7 +76,7 @@ def _eight_bits(stored: Stored, base: str) -> Coded:
 
 
 def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
-    """The NF4 or FP4 matrix of bitsandbytes called `name`, as a Coded.
+    """The NF4 or FP4 matrix `name` of a bitsandbytes checkpoint, as a Coded.
 
     The tensor `name` has the codes row by row, two in each byte, the first in the high nibble. quant_map, F32 [16], has
     the value of each code. absmax, F32, has a factor for each block of codes. If the factors are quantised too, absmax

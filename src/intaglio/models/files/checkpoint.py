@@ -202,7 +202,7 @@ class Checkpoint:
 
     @property
     def orders(self) -> set[str]:
-        """The names of all act-order permutations (g_idx), as a set: one for each matrix that stores one."""
+        """The names of all act-order permutations (g_idx) of matrices in the checkpoint, as a set."""
         return {name for name, c in self.coded.items() if c.format == "i32"}
 
     def order(self, name: str) -> str:
@@ -307,7 +307,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def recipe(self) -> tuple[str, dict[str, object]]:
-        """How another process opens the same checkpoint: (name of a function, its arguments as a dict)."""
+        """The call that opens this checkpoint in another process: (name of a function, dict of its arguments)."""
         return f"{__name__}:Checkpoint.open", {"path": str(self.path.absolute())}
 
     def _array(self, name: str) -> np.ndarray:

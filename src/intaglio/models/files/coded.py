@@ -21,9 +21,9 @@ TWICE_E2M1 = (np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype
 
 @dataclass(frozen=True)
 class Part:
-    """Rule that maps rows of a matrix to the part of a stored tensor (codes, scales or zeros) that decodes them.
+    """The rule that maps rows of a matrix to the part of a stored tensor from which these rows are decoded.
 
-    cut() returns this part.
+    The stored tensor holds the codes, scales or zeros of the matrix.
 
     Attributes:
         axis: the axis of the tensor that corresponds to the rows of the matrix; None: any rows need the whole tensor.
@@ -113,7 +113,9 @@ def bases(stored: Stored, suffix: str) -> list[str]:
 
 
 def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
-    """Scales per row, repeated for each group of the row. Returns (float32 [..., N, groups], values in a group).
+    """Repeats scales per row for each group of the row. Returns (the scales, the group size).
+
+    The scales are float32 [..., N, groups]. The group size is the number of columns in a group, an int.
 
     Args:
         scales: one scale per row, or one for the whole matrix.
@@ -246,9 +248,9 @@ def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) 
 
 
 def by_group(groups: np.ndarray) -> np.ndarray:
-    """The numbers of the columns, sorted by their group, as int32 [K]. Columns of one group keep their order.
+    """The indices of the columns, sorted by group, as int32 [K]. Columns of one group keep their order.
 
-    groups: the number of each column's group, [K].
+    groups: the index of each column's group, [K].
     """
     return np.argsort(groups, kind="stable").astype(np.int32)
 
@@ -262,7 +264,8 @@ def find_order(
     before, the result is the name of that permutation, so that matrices that multiply the same input share one.
 
     If there is a tensor `index`, the permutation is also added to `out` under `name`, because stacks of experts'
-    matrices need one for each matrix. Raises PortError unless every group has `group` columns.
+    matrices need one for each matrix. Raises PortError if the columns are not sorted and a group does not have `group`
+    columns.
 
     Args:
         stored: contents of the checkpoint's files.

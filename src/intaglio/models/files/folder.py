@@ -74,9 +74,10 @@ def find_files(path: Path, config: Mapping[str, Any]) -> Found:
 def deciding_file(
     config: Mapping[str, Any], has: Callable[[str], bool], read: Callable[[str], Mapping[str, Any]]
 ) -> str | None:
-    """The name of the file that holds all tensors, or of the index (*.index.json) that lists the files that hold them.
+    """The name of the file that decides which files are read: the file with all tensors, or an index (*.index.json).
 
-    It is the first of these files that the checkpoint has; transformers chooses in the same way:
+    An index lists the files of the tensors. The result is the first of these files that the checkpoint has;
+    transformers chooses in the same way:
 
     1. the file that the config names under `transformers_weights`;
     2. model.safetensors, unless the index lists it as one of several shards;
@@ -201,7 +202,10 @@ def _only_file(path: Path) -> Found:
 
 
 def not_a_model(name: str) -> str:
-    """What a safetensors file holds if its name shows that it is no model, such as "a LoRA adapter"; else ""."""
+    """Returns a text that says what a safetensors file holds, such as "a LoRA adapter"; "" for a usual model file.
+
+    The file is judged only by its name.
+    """
     for start, what in (
         ("consolidated", "the model in Mistral's own layout"), ("adapter_", "a LoRA adapter"),
         ("optimizer", "an optimizer's state"), ("mtp", "layers that predict tokens further ahead"),

@@ -33,9 +33,9 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """Returns entries for Decoder.sources that say where q, k and v are in a stored tensor that holds them together.
+    """Returns a dict of entries for Decoder.sources: the places of q, k and v in one joined tensor.
 
-    The result is {weight or bias in Llama's names, such as self_attn.q_proj.weight: text}. The text names the stored
+    The dict is {weight or bias in Llama's names, such as self_attn.q_proj.weight: text}. The text names the stored
     tensor and its rows to take, in the notation of program/source.py.
 
     Args:

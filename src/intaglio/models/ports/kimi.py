@@ -118,9 +118,10 @@ def kinds(net: Mapping[str, object], n: int) -> list[str]:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Returns the Decoder with the checkpoint's name of the dense MLPs' module: `d` itself or a changed copy.
+    """Returns the Decoder `d`, or a copy in which the module of dense MLPs is named block_sparse_moe.
 
-    In files saved by transformers 5.24, this module is named block_sparse_moe, like the experts' module.
+    In files saved by transformers 5.24, this module has the same name as the experts' module. The result is the copy if
+    the checkpoint has a tensor of that name in a dense layer.
 
     d: the Decoder (model description) from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """

@@ -98,7 +98,9 @@ def lfm3(c: Config, context: int) -> Decoder:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Returns the Decoder with the checkpoint's name of the attention gate, which may be g_proj: `d` or a changed copy.
+    """Returns the Decoder `d`, or a copy in which the attention gate is named g_proj.
+
+    The result is the copy if the model has an attention gate and the checkpoint names it g_proj.
 
     d: the Decoder (model description) from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """

@@ -133,10 +133,10 @@ def block_kinds(c: Config, usual: list[str]) -> list[str]:
 
 
 def use_of(i: int, hybrid: list[int], blocks: int) -> tuple[int, int] | None:
-    """Returns which shared block layer `i` runs, as a tuple for the attribute `shared` of a Layer, or None.
+    """Returns the attribute `shared` of layer `i` (a Layer): a tuple, or None if the layer runs no shared block.
 
-    The tuple is (index of the first layer that runs the same block, how many earlier layers run any shared block). It
-    is None if the layer runs no shared block.
+    The tuple is (index of the first layer that runs the same block, number of earlier layers that run any shared
+    block).
 
     Args:
         i: number of the layer.

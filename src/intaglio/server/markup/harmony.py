@@ -53,7 +53,7 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 
 
 def _call(s: Source, recipient: str) -> Steps[bool]:
-    """Parse the body of a message to a function as a tool call. Yields a CallStart, then CallArguments.
+    """Parse a tool call: the body of a message to a function. Yields a CallStart, then CallArguments.
 
     This generator also yields None while it waits for more text of the model. Its return value is True if a call was
     parsed. It is False if the body does not begin with JSON arguments; then nothing is consumed.

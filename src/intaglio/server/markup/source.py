@@ -112,7 +112,9 @@ def blanks(s: Source) -> Generator[None, None, bool]:
 
 
 def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
-    """Consume a delimiter, the longest of `marks` that comes next, and any characters of `over` in front of it.
+    """Consume the next delimiter, one of `marks`, and any characters of `over` in front of it.
+
+    If the text begins with several of `marks`, the delimiter is the longest of them.
 
     This generator yields None while it waits for more text of the model. Its return value is the delimiter. If none of
     the delimiters comes next, its return value is None and nothing is consumed.

@@ -60,9 +60,10 @@ def online_softmax(
     m: np.ndarray,
     l: np.ndarray,  # noqa: E741
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Compute one step of the online softmax for new scores `s` [rows, n]. Returns (p, new m, new l, alpha).
+    """Returns the weights and the new state of the softmax after new scores `s` [rows, n]: (p, new m, new l, alpha).
 
-    m, l [rows, 1]: the largest score, and the sum of exp(score - m), over the scores of earlier steps.
+    The function is one step of the online softmax. m, l [rows, 1] are its state: the largest score, and the sum of
+    exp(score - m), over the scores of earlier steps.
 
     p [rows, n]: exp(s - new m), the softmax weights before the division by l. alpha [rows, 1]: exp(m - new m), by which
     sums that were made with the old m must be multiplied. Source: Milakov & Gimelshein 2018.

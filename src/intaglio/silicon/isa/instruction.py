@@ -231,7 +231,7 @@ def _text(value: Any) -> str:
 
 
 def assemble(line: str) -> Instruction:
-    """Returns the Instruction that a line of text describes, in the form in which disassemble() writes it.
+    """Returns the Instruction that `line` describes. The line has the form that disassemble() writes.
 
     Raises MachineError for an unknown instruction or field.
     """

@@ -299,7 +299,7 @@ def attend_streams(
 def split_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job]
 ) -> list[list[Stream]]:
-    """Returns two lists of Streams for contexts that are split into parts: those of the jobs, and those of the merge.
+    """Returns [Streams of the jobs, Streams of the merge], two lists, for contexts that are split into parts.
 
     The jobs store sums, maxima and softmax denominators in HBM. The merge computes the attention from them. All parts
     of one tile of queries are stored in one matrix, one part below the other: sums f32 [parts * rows, dv], maxima and
@@ -383,7 +383,7 @@ class AttendTiles:
 def row_number(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, batch: Batch, jobs: list[Job], number: int
 ) -> Region:
-    """Returns an SRAM region i32 [1, 1] that holds the row of the tensor q that job `number` reads.
+    """Returns an SRAM region i32 [1, 1] with a row number: job `number` reads this row of the tensor q.
 
     Every job must have a single query. Call the function for each job in order. The call for every tiles.listed.cols-th
     job emits one Load, which brings the row numbers of that many jobs. The other calls emit nothing.

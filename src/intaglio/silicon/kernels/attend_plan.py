@@ -113,10 +113,10 @@ def library_prefill_seconds(
 
 
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, ...]:
-    """Returns the jobs of the sequences with several new tokens, as three arrays (keys, key tiles, number of jobs).
+    """Returns three arrays about the jobs of sequences with several new tokens, with one item for each kind of job.
 
-    Each array has one item for each kind of job. keys and key tiles: how many of them one job reads. number of jobs:
-    how many jobs of this kind there are.
+    The arrays are: the number of keys that one job reads; the number of key tiles that one job reads; the number of
+    jobs of this kind.
 
     If a sliding window begins inside a tile, the numbers are means over all positions inside the tile. So a longer
     context never has fewer keys or tiles.
@@ -266,11 +266,11 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 
 
 def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns the jobs of the sequences with one new token, as three arrays (key tiles, keys, number of jobs).
+    """Returns three arrays about the jobs of sequences with one new token, with one item for each kind of job.
 
-    Each array has one item for each kind of job. key tiles and keys: how many of them one job reads. number of jobs:
-    how many jobs of this kind there are. A context is cut into parts with equal numbers of tiles; the last part has the
-    remaining tiles and is a kind of its own.
+    The arrays are: the number of key tiles that one job reads; the number of keys that one job reads; the number of
+    jobs of this kind. A context is cut into parts with equal numbers of tiles; the last part has the remaining tiles
+    and is a kind of its own.
 
     keys: the distinct numbers of keys to which a tile of queries attends. n: for each of these numbers, how many tiles
     of queries have it.

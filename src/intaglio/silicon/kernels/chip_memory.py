@@ -204,10 +204,10 @@ def shifted(part: slice, by: int) -> slice:
 
 
 def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
-    """Emit a Load of `src` to the beginning of the memory of `tile`. Returns the region that is filled, without gaps.
+    """Emit a Load of `src` to the beginning of the memory of `tile`. Returns the region that the Load fills.
 
-    This region has the size of `src`. If `rows` or `columns` is larger than the size of `src`, the region has this many
-    rows or columns, and the additional elements are set to zero.
+    This region has no gaps between its rows, and the size of `src`. If `rows` or `columns` is larger than the size of
+    `src`, the region has this many rows or columns, and the additional elements are set to zero.
     """
     part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
     padded = (part.rows, part.cols) != (src.rows, src.cols)

@@ -93,7 +93,7 @@ class SendKernel(CollectiveKernel):
 @chip_kernel(Recv)
 @dataclass(frozen=True)
 class RecvKernel(ChipKernel):
-    """Chip kernel of `recv`: timing of zero seconds, since a message is timed at its sender."""
+    """Chip kernel of `recv`. Its time is 0 seconds, because the time of a message is counted at the sender."""
 
     @classmethod
     def of(cls, op: Recv, t: Tensors) -> RecvKernel:
@@ -109,7 +109,7 @@ class RecvKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class Network:
-    """The links of a group of chips, as a simulation in normalised units sees them.
+    """Description of the links of a group of chips, in the normalised units of simulations.
 
     In these units every link has a bandwidth of 1 byte/s and a latency of 1 s.
     """
@@ -158,7 +158,7 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Returns the fraction of its link bandwidth that a chip gets while all `chips` chips of a group send; at most 1.
+    """Returns the fraction of a chip's link bandwidth that it gets while all `chips` chips of a group send; at most 1.
 
     It is below 1 only on a pcie_tree with fewer links to the host (chip.links.host_links) than chips.
     """
@@ -166,7 +166,7 @@ def host_share(chip: ChipSpec, chips: int) -> float:
 
 
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
-    """Returns a list of names of the algorithms among which the fastest is chosen for the collective `op`.
+    """Returns a list of the names of the algorithms to compare for the collective `op`. The fastest of them is used.
 
     In three cases there is one candidate: if the library has only rings, if the topology is a torus, and if the group
     has more than MAX_SIMULATED_RANKS chips. It is "direct" for all_to_all and send, and "ring" for other collectives.
@@ -192,14 +192,14 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a collective over links of 1 byte/s and 1 s latency, from a simulation that is cached.
+    """Returns the simulated seconds of a collective on links of 1 byte/s and 1 s latency. Results are cached.
 
     Args:
-        network: the chip's network.
+        network: the links of the group.
         ranks: number of ranks.
-        op: the collective, such as "all_reduce".
-        algorithm: a name as in candidate_algorithms(), such as "ring".
-        size: a chunk has 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes.
+        op: name of the collective, such as "all_reduce".
+        algorithm: name of the algorithm, such as "ring"; see candidate_algorithms().
+        size: gives the size of a chunk: 2 ** (size / SIZES_PER_OCTAVE) bytes. None: 0 bytes.
     """
     clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
@@ -341,7 +341,7 @@ def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
 
 
 def switch_speedup(chips: int) -> float:
-    """Returns the bandwidth of an all_reduce that the switch sums (NVLink SHARP), divided by the bandwidth of a ring.
+    """Returns the speedup of an all_reduce with sums in the switch (NVLink SHARP), relative to an all_reduce on a ring.
 
     For P chips it is (2 (P - 1) / P) / (1 + 2 / P): bytes per link in a ring, divided by bytes per link with the
     switch. It is below 1 for P < 4.
@@ -443,9 +443,9 @@ class CollectiveBuilder:
             self.builder.emit(isa.Store(dst=dst, src=self.values[slot]))
 
     def emit_steps(self, steps: Sequence[Step], job: ChunkTile) -> None:
-        """Emit the instructions of `steps` for one ChunkTile. Returns nothing.
+        """Emit the instructions that run the schedule's steps for one ChunkTile. Returns nothing.
 
-        steps: this chip's steps of the schedule for the chunk of `job`, in order. job: the ChunkTile.
+        steps: this chip's steps for the chunk of `job`, in order. job: the ChunkTile.
         """
         self.used, self.values = 0, {}
         shape = job.rows.stop - job.rows.start, job.cols.stop - job.cols.start
@@ -532,7 +532,7 @@ class CollectiveRun:
                 ]
 
     def chunk_tiles(self) -> list[ChunkTile]:
-        """A list of the ChunkTiles of all chunks: each chunk is cut into parts of at most self.tile (rows, columns)."""
+        """Returns a list of the ChunkTiles of all chunks: each chunk is cut into parts of at most self.tile in size."""
         found: list[ChunkTile] = []
         messages = sum(step.kind == "send" for step in self.schedule.steps)
         chunks = {c: r for regions in self.regions for c, r in regions.inputs.items()}
@@ -556,7 +556,7 @@ class CollectiveRun:
         return rows, cols
 
     def streams(self) -> list[Stream]:
-        """A list of the Streams of all chips, one for each core with work.
+        """Returns a list of the Streams of all chips, one for each core with work.
 
         ChunkTiles are dealt round-robin to the cores, in the same way on every chip.
         """
@@ -573,9 +573,9 @@ class CollectiveRun:
         return out
 
     def run(self) -> tuple[list[np.ndarray], RunResult]:
-        """Execute the collective. Returns (list of outputs, RunResult).
+        """Execute the collective. Returns (list of outputs, RunResult with time and counters).
 
-        The outputs are f32 [rows, width] arrays, in the order of the chips. A send has only the receiver's output.
+        The outputs are f32 arrays [rows, width], one for each chip in order. A send has only the receiver's output.
         """
         memories = {chip: memory.hbm for chip, memory in enumerate(self.memories)}
         result = Machine(self.target, memories).run(self.streams())
@@ -586,10 +586,12 @@ class CollectiveRun:
 def run_collective(
     target: Target, op: Grouped | Send, parts: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], RunResult]:
-    """Execute a collective on the simulator, with the streams of all its chips.
+    """Execute a collective on the simulator, on all chips of its group. Returns (list of outputs, RunResult).
 
-    parts: the input f32 [rows, width] of each rank of the group; for a send, the sender's input and an empty array.
-    Returns (list of outputs f32 [rows, width] in the order of the ranks, RunResult with the time and counters). A send
-    has only the receiver's output.
+    The outputs are f32 arrays [rows, width] in the order of the ranks; a send has only the receiver's output. The
+    RunResult has the modelled time and counters.
+
+    parts: the inputs of the ranks, one f32 array [rows, width] for each. For a send, the sender's input and an empty
+    array.
     """
     return CollectiveRun(op, target, parts).run()

@@ -17,9 +17,9 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Concat)
 @dataclass(frozen=True)
 class ConcatKernel(CopyKernel):
-    """Chip kernel of `concat`: loads a row of each operand and stores them side by side; nothing is computed.
+    """Chip kernel of `concat`. It loads a row of each operand and stores them side by side as a row of the result.
 
-    left: columns of the first operand.
+    left: number of columns of the first operand.
     """
 
     left: int = 0

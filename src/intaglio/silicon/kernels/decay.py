@@ -56,17 +56,17 @@ class DecayKernel(RowsKernel):
         return super().held_bytes() + 4.0 * self.heads + 256  # with exp(rate), and alignment
 
     def steps(self) -> tuple[Steps, ...]:
-        """Returns one or two programs of a Map instruction that compute the step size, to run one after the other.
+        """Returns one or two postfix expressions. Map instructions evaluate them in turn to compute the step size.
 
-        The operands of the first program are x (named a) and the bias (named b). The operand of the second program is
-        the result of the first (named a).
+        The operands of the first expression are x (named a) and the bias (named b). The operand of the second is the
+        result of the first (named a).
         """
         x = f"softplus({self.biased()})"
         first = f"relu({x} - {self.low!r}) + {self.low!r}" if self.low else x
         return postfix(first), *((postfix(f"{self.high!r} - relu({self.high!r} - a)"),) if self.high else ())
 
     def decay(self) -> Steps:
-        """Returns the program of a Map instruction that computes the log decay.
+        """Returns the expression, in postfix form, that a Map instruction evaluates to compute the log decay.
 
         Its operands are the step size (named a) and the rate (named b). If the op has a floor, they are x (a), the bias
         (b) and the rate (c).

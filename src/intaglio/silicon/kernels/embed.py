@@ -27,7 +27,7 @@ SCALE = (("operand", "a"), ("number", 1.0), ("binary", "*"))
 @chip_kernel(Embed)
 @dataclass(frozen=True)
 class EmbedKernel(RowsKernel):
-    """Chip kernel of `embed`: loads each token's row of the table by index, converts it to f32 and scales it.
+    """Chip kernel of `embed`. It loads each token's row of the table by index, converts it to f32 and scales it.
 
     row_bytes: bytes of a row of the table, scales included. quantised: True if the table is quantised.
     """

@@ -63,8 +63,8 @@ class Heads:
         """Returns the number of columns that a kernel loads from the K/V cache for one position and one K/V head.
 
         These are the columns of the key and of the value. If values are columns of the key cache (`values_in_keys`),
-        kernels of a vendor's library load only the columns of the key. The simulated streams load both; a library whose
-        activations are FP32 stands for them.
+        kernels of a vendor's library load only the columns of the key, while the simulated streams load both. `library`
+        stands for the simulated streams if its activations are FP32.
         """
         once = self.values_in_keys and library.activation_bytes < WIDE
         return self.head_dim + (0 if once else self.v_dim)
@@ -80,7 +80,7 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """Number of query heads that share one K/V head."""
+        """The number of query heads that share one K/V head."""
         return self.heads // self.kv_heads
 
     @property
@@ -201,10 +201,10 @@ def emit_head_scales(
 def job_rows(target: Target, rows: int, width: int) -> int:
     """Returns the number of rows that a core loads, rounds and stores at a time. A row is one head of one token.
 
-    The `rows` rows of a core are cut into as few parts as possible, all of the returned length but the last. A part has
-    at most ROWS rows. It may have more where the loads in flight would else be too short to hide HBM's latency; half of
-    the MOST_TILES buffers are being loaded at a time. A part has no more rows than fit SRAM, but at least one. Returns
-    1 if `rows` is 0.
+    The `rows` rows of a core are cut into as few parts as possible. All parts but the last have the returned number of
+    rows. It is at most ROWS, or more if needed to hide HBM's latency: half of the MOST_TILES buffers are being loaded
+    at a time, and these loads together have to last as long as the latency. It is never more than SRAM fits, but at
+    least one. Returns 1 if `rows` is 0.
 
     width: number of values of a row.
     """

@@ -24,7 +24,7 @@ class L2Blocks(RandomL2):
         self.stored = self.gone = 0.0  # bytes of results: stored, and written back to HBM since
 
     def put(self, size: float, dirty: bool = False) -> float:
-        """Put `size` bytes into the L2, evicting others if it is full. Returns the bytes that are written back to HBM.
+        """Put `size` bytes into the L2, which evicts others if it is full. Returns the bytes that are written to HBM.
 
         dirty: True if HBM does not have these bytes, so that their later eviction writes them to HBM.
         """
@@ -51,9 +51,9 @@ class L2Blocks(RandomL2):
         return written
 
     def missing(self, key: int, size: float) -> float:
-        """Returns the expected number of bytes that the L2 lacks of the block `key` of `size` bytes.
+        """Returns how many bytes of block number `key` are expected to be missing in the L2.
 
-        Less than half a line counts as 0.0.
+        Less than half a line counts as 0.0. size: bytes of the block.
         """
         found = self.blocks.get(key)
         if found is None:

@@ -59,7 +59,7 @@ class LinearAttentionKernel(SequenceKernel):
         return max(n for n in range(1, self.values + 1) if self.values % n == 0 and (n <= most or n == 1))
 
     def result(self) -> Steps:
-        """Returns the program of the Map instruction that computes the results of some tokens.
+        """Returns the expression, in postfix form, that a Map instruction evaluates to compute the op's result.
 
         Its operands are the sum over the state (named a), the value (b) and the skip factor (c).
         """
@@ -139,7 +139,7 @@ class LinearAttentionKernel(SequenceKernel):
 
 
 def state_rows(number: int, keys: int) -> slice:
-    """Returns the slice of rows that a head's state occupies in the state tensor, when that is viewed as a matrix.
+    """Returns the rows of one head's state, as a slice of the rows of the state tensor viewed as a matrix.
 
     number: number of the head, counted over all slots. keys: rows of one head's state.
     """

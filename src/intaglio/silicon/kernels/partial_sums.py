@@ -26,11 +26,11 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 
 
 def missed_sums(target: Target, sums: Any, written: Any) -> Any:
-    """Returns the HBM traffic of reading partial sums back to add them, in bytes per byte of partial sums.
+    """Returns how many bytes HBM reads and writes for each byte of partial sums that is read back.
 
-    By then the L2 has evicted the fraction `written` of the sums to HBM and has to fetch it again. A fetched byte takes
-    the place of another byte in the L2, chosen at random. If that byte belongs to the sums, it is written to HBM first;
-    the probability of this is the fraction of the L2 that sums take. Returns 1 without an L2.
+    Before the sums are read, the L2 has evicted the fraction `written` of them to HBM, and has to fetch it again. A
+    fetched byte takes the place of another byte in the L2, chosen at random. If that byte belongs to the sums, it is
+    written to HBM first; the probability of this is the fraction of the L2 that sums take. Returns 1 without an L2.
 
     sums: bytes of all partial sums. written: a number or an array; the result has the same shape.
     """

@@ -143,10 +143,10 @@ class PoolKeysKernel(ChipKernel):
 
 
 def cache_rows(op: PoolKeys, batch: Batch, sequence: int, row: int) -> np.ndarray:
-    """Returns the rows of the two caches that are pooled into one entry, as int64 [n].
+    """Returns int64 [n]: the numbers of the rows, in both caches, that are pooled into one entry.
 
-    The entry is that of the run that ends with the token in row `row` of the step. Rows are counted over cache slots
-    and heads. sequence: number of the token's sequence.
+    The entry is that of the run of tokens that ends with the token in row `row` of the step. A cache has one row for
+    each slot and head. sequence: number of the token's sequence.
     """
     table, at, n = batch.of_windows.block_table[sequence], int(batch.positions[row]), 1 + op.overlap
     taken = np.arange(max(0, at + 1 - n * op.every), at + 1)

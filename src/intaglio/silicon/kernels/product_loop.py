@@ -78,14 +78,17 @@ class _Cores:
 
 @dataclass(slots=True)
 class _Flows:
-    """The transfers in flight that run at the same rate, because HBM moves the same number of bytes per byte of each.
+    """A group of transfers in flight that all run at the same rate.
+
+    HBM moves the same number of bytes for each byte of these transfers.
 
     Attributes:
-        moved: bytes that each of them would have moved if it had been in flight since these transfers began.
+        moved: bytes that a transfer has moved if it has been in flight since the first of these began.
         rate: current rate of each transfer in bytes/s.
-        ends: a heap with a tuple for each transfer: the value of `moved` at which it ends; its number; its cores; True
-            for a store; how many of its cores access bytes that the L2 lacks; seconds from its end until its result can
-            be used; the time at which blocks that other cores fetch have arrived.
+        ends: a heap with a tuple for each transfer. Its items are: the value of `moved` at which the transfer ends; the
+            transfer's number; its group of cores; True for a store; how many of these cores access bytes that the L2
+            lacks; seconds from its end until its result can be used; the time at which blocks that other cores fetch
+            have arrived.
     """
 
     moved: float = 0.0
@@ -156,7 +159,7 @@ class _Loop:
         self.missing += missing
 
     def end(self, flow: _Flows) -> _Cores:
-        """End the first transfer of `flow` to finish, at the current time. Returns the group of cores that made it."""
+        """End the transfer of `flow` that finishes first, at the current time. Returns its group of cores."""
         _, _, core, store, missing, latency_s, ready = heapq.heappop(flow.ends)
         self.users -= core.of.count
         self.missing -= missing

@@ -30,7 +30,7 @@ RESULT_BYTES = 8.0  # of a token id and its log-probability
 @chip_kernel(Sample)
 @dataclass(frozen=True)
 class SampleKernel(ChipKernel):
-    """Chip kernel of `sample` over logits [rows, vocabulary]; a core samples one row at a time."""
+    """Chip kernel of `sample`, which draws a token for each row of logits [rows, vocabulary], row by row."""
 
     by_sequence: ClassVar[bool] = False
     rows: int | str

@@ -55,7 +55,7 @@ class SinkhornKernel(RowsKernel):
 @chip_kernel(MixStreams)
 @dataclass(frozen=True)
 class MixStreamsKernel(RowsKernel):
-    """Chip kernel of `mix_streams`. A core processes up to COLUMNS columns of all streams of one row at a time.
+    """Chip kernel of `mix_streams`, which mixes residual streams. A job has one row and up to COLUMNS columns a stream.
 
     Each stream of the result is a sum of terms. Each term has one Map instruction.
 
@@ -78,7 +78,7 @@ class MixStreamsKernel(RowsKernel):
 
     @property
     def factors(self) -> int:
-        """Number of weights and gains of a row."""
+        """The number of factors (weights and gains) of one row."""
         return self.streams_out * (self.streams_in + self.branch)
 
     def columns(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ def whole(lane: Lane, op: Op) -> None:
 
 @sharding_rule(Embed)
 def embed(lane: Lane, op: Embed) -> None:
-    """Append an Embed op for the rank's columns of the table to one rank's Program, then an all_gather of all columns.
+    """Append to a rank's Program an Embed op for the rank's columns of the table, and an all_gather of all columns.
 
     The all_gather moves half the bytes of the all_reduce that a table divided by vocabulary would need. With sequence
     parallelism an all_to_all is appended instead, which gives each rank all columns of its own token rows; it moves 1 /

@@ -14,7 +14,7 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append an Experts op for the rank's part of the experts to one rank's Program, then an all_reduce of the results.
+    """Append to a rank's Program an Experts op for the rank's part of the experts, and an all_reduce of the results.
 
     The ranks with the same layers form ep groups of tp ranks. Experts are divided among the groups, and the
     intermediate columns of each expert among the ranks of a group. If the layout has redundant experts, its placement

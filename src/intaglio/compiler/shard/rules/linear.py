@@ -47,11 +47,12 @@ def linear(lane: Lane, op: Linear) -> None:
 
 
 def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
-    """Append a Linear op whose sum is computed in several parts, which gives it the bits of a larger tp.
+    """Append a Linear op to one rank's Program as several partial sums, as a layout with a larger tp computes them.
 
-    Each part is a product over some columns of x. The parts are added in their order. A rank that has all of x computes
-    all parts, and adds each part to the sum of the parts before it. Otherwise each rank of a group computes an equal
-    number of parts, and an all_gather gives every rank all parts. Returns nothing.
+    The result then has the same bits as with that tp (lane.layout.sums). Each part is a product over some columns of x.
+    The parts are added in their order. A rank that has all of x computes all parts, and adds each part to the sum of
+    the parts before it. Otherwise each rank of a group computes an equal number of parts, and an all_gather gives every
+    rank all parts. Returns nothing.
 
     parts: for each part, its columns of x. Raises LayoutError if a rank's columns of x are not whole parts.
     """

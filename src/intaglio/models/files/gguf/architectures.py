@@ -69,7 +69,7 @@ def mixture(
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the metadata and the tensor names of one llama.cpp architecture are translated to those of transformers.
+    """Rules that translate the metadata and tensor names of one llama.cpp architecture to those of transformers.
 
     Names of tensors are without the layer's number and without .weight or .bias, such as attn_q for
     blk.3.attn_q.weight.

@@ -93,9 +93,9 @@ def scaling(m: Metadata) -> dict[str, Any] | None:
 
 
 def partial(m: Metadata) -> dict[str, Any]:
-    """The key partial_rotary_factor of config.json, in a dict: the fraction of a head's columns that rope rotates.
+    """A dict with one key of config.json: {"partial_rotary_factor": fraction of a head's columns that rope rotates}.
 
-    It is 1.0 if the file has no key rope.dimension_count.
+    The fraction is 1.0 if the file has no key rope.dimension_count.
     """
     return {"partial_rotary_factor": m.whole("rope.dimension_count", m.head_dim) / m.head_dim}
 

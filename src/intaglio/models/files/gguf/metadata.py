@@ -50,10 +50,10 @@ class Metadata:
         return self.file.get(key, default)
 
     def one(self, key: str, default: Any = None) -> Any:
-        """The single value of a key whose value a file may repeat for each layer.
+        """The value of a key that must be equal in all layers, such as a number, a bool or a text.
 
-        If the file has a list, all layers must have the same value, which is returned. Returns `default` if the file
-        does not have the key. Raises PortError if the layers have different values.
+        If the file has a list with a value for each layer, the result is their common value. Returns `default` if
+        the file does not have the key. Raises PortError if the layers have different values.
 
         key: the part of the key after the architecture.
         """

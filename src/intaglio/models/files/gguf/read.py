@@ -173,7 +173,7 @@ class _Reader:
         self.tables.add(full, p, heads, self.own.shift if norm else 0.0)
 
     def _add_experts(self, name: str, suffix: str, p: Place, full: str) -> None:
-        """Add the weights of all experts, which the file stores as one tensor, as one tensor for each expert.
+        """Add one weight tensor per expert to `tables`. The file stores the weights of all experts as one tensor.
 
         The biases of all experts stay one tensor, whose name ends with _bias. Returns nothing.
 
@@ -199,7 +199,7 @@ class _Reader:
             self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
 
     def _add_gate_up(self, at: str, suffix: str, p: Place, full: str) -> None:
-        """Add the gate and up matrices of all experts, which the file stores as one tensor, as two tensors per expert.
+        """Add two tensors per expert, gate and up, to `tables`. The file stores those of all experts as one tensor.
 
         In the stored tensor, each expert has its rows of gate, then its rows of up. Returns nothing.
 

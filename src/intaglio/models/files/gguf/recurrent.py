@@ -36,7 +36,7 @@ def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a tensor that the file stores as a matrix to `tables` as a vector of the same values. Returns nothing.
+    """Add a vector to `tables`. The file stores its values as a matrix. Returns nothing.
 
     Such tensors are D [heads, 1] and a norm's weights [groups, columns].
 
@@ -66,7 +66,7 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add several matrices to `tables` that the file stores as one tensor, grouped by key head. Returns nothing.
+    """Add several matrices to `tables`. The file stores them as one tensor, grouped by key head. Returns nothing.
 
     The stored tensor has the rows that belong to key head 0, one matrix after another; then the rows that belong to key
     head 1; and so on.
@@ -127,11 +127,11 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """Returns an int array: element i is the row number in the GGUF file of row i of a Qwen3.5 matrix in transformers.
+    """Returns the order of a Qwen3.5 matrix's rows in a GGUF file, as an int array of row numbers.
 
-    The matrix has `width` rows for each value head. In transformers, value heads are ordered by key head: first all
-    value heads of key head 0, then all of key head 1. The file has the first value head of every key head, then the
-    second value head of every key head, and so on.
+    Row i of the matrix in transformers is row result[i] in the file. The matrix has `width` rows for each value head.
+    In transformers, value heads are ordered by key head: first all value heads of key head 0, then all of key head 1.
+    The file has the first value head of every key head, then the second value head of every key head, and so on.
 
     Args:
         m: the metadata, which has the numbers of heads.

@@ -247,9 +247,9 @@ def in_order(x: np.ndarray, head: int) -> np.ndarray:
 
 
 def summed(types: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the bytes of the values that are converted to bf16 on reading: (bytes in the file, bytes in memory).
+    """Returns the total size of the tensors that become bf16 when read: (bytes in the file, bytes in memory).
 
-    types: {GGUF type: number of values}. Only types that are converted to bf16 are counted; (0, 0) if there are none.
+    types: {GGUF type: number of values}. Other types are not counted; (0, 0) if none becomes bf16.
     """
     own = {kind: n for kind, n in types.items() if kind in BLOCKS and BLOCKS[kind].format == "bf16"}
     return sum(n // BLOCKS[k].values * BLOCKS[k].bytes for k, n in own.items()), 2 * sum(own.values())
