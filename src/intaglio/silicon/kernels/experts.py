@@ -439,7 +439,7 @@ def experts_timing(
         target: chip and kernel library.
         tokens: number of tokens of the step.
         top_k: number of experts that each token chooses.
-        counts: number of rows of each expert that the rank holds.
+        counts: for each expert on this rank, the number of rows that it computes.
         n_experts: number of experts on all ranks.
         hidden: width of x.
         inner: width of an expert's inner row.

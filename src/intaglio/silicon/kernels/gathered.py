@@ -1,7 +1,7 @@
-"""Attention whose keys are gathered by index, as `attend` to chosen positions and `attend_pooled`: streams and time.
+"""Attention that gathers keys by index: streams and time shared by `attend` to chosen positions and `attend_pooled`.
 
-A job is one token and some of its query heads. What says where its keys are is loaded while the job before it is
-computed, so that the keys can be gathered at once.
+A job is one token and some of its query heads. The indices of a job's keys are loaded while the job before it is
+computed, so that the keys can be gathered without waiting.
 """
 
 from __future__ import annotations

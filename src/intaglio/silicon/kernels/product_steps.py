@@ -1,7 +1,6 @@
 """ProductSteps: lists what the cores of a tiled matrix product load, multiply and store, in bytes and seconds.
 
-For the closed form of the streams of tiled.py, which product_loop.py computes. Cores in the same situation have one
-list.
+product_loop.py computes the product's time from these lists. Cores that do the same work at the same times share one.
 """
 
 from __future__ import annotations

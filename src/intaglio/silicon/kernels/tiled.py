@@ -1,6 +1,6 @@
-"""Streams of a matrix product, whose loop product_loop.py follows in closed form: rounding of x, then the product.
+"""Instruction streams of a matrix product: one launch rounds x to the op's x_format, another multiplies the codes.
 
-x is rounded to the op's x_format by a launch of its own, as the closed form assumes: it times the product of codes.
+product_loop.py has the closed form of the second launch; it assumes that x is rounded already.
 """
 
 from __future__ import annotations
