@@ -1,6 +1,6 @@
-// Channel: bytes to and from one peer of a group, in order, in both directions. No call waits; waiting is the
-// communicator's business, which watches all channels and the group's abort word at once. Implementations: rings in shared
-// memory (shm_channel.h) and TCP (tcp_channel.h). RDMA would be a third: space() its registered buffer, commit() a post.
+// Channel: interface to send bytes to one peer of a group and receive bytes from it, in order. No call waits: the
+// communicator waits, for all channels and the group's abort word at once. Implementations: rings in shared memory
+// (shm_channel.h) and TCP (tcp_channel.h). RDMA could be a third: space() returns a registered buffer, commit() posts it.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -2,13 +2,13 @@
 //
 // Results are bit for bit those of devices/mesh.py's run_collective(): values are rounded to `wire` before they travel,
 // sums are taken in the order of the group and rounded to `wire` before they are handed out. all_reduce runs one of two
-// schedules of src/intaglio/collectives, both of which sum in that order: one_shot, where every rank sends all it has to
-// every other, or two_shot, where each rank sums a part and hands the sum out.
+// schedules of src/intaglio/collectives, both of which sum in that order: one_shot, where every rank sends its whole input
+// to every other, or two_shot, where each rank sums one part and sends the sum to all others.
 //
 // Every message carries the group's epoch and a sequence number. Messages of an earlier epoch are dropped. Every wait ends
-// at a deadline, or when the group is aborted; it then throws CommunicatorError. A rank that fails aborts the group. Two
-// ranks must run what they have in common, collectives and messages, in one order; another order is an error.
-// Belongs to one thread at a time.
+// at a deadline, or when the group is aborted; it then throws CommunicatorError. A rank that fails aborts the group. Any two
+// ranks must run the collectives and messages in which both take part in the same order; another order is an error.
+// Only one thread may use a communicator at a time.
 #pragma once
 #include <deque>
 #include <functional>

@@ -1,5 +1,5 @@
-// Interval: a thread that calls a function at once and then at an interval, until the object is destroyed. It does not
-// need the GIL, so it runs even while Python code keeps it.
+// Interval: a thread that calls a function at once and then at an interval, until the object is destroyed. The thread does
+// not need the GIL, so it runs even while Python code holds the GIL.
 #pragma once
 #include <chrono>
 #include <condition_variable>

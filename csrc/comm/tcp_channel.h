@@ -1,6 +1,6 @@
-// TcpChannel: a channel to a rank of another host over TCP. What is committed is sent in pieces as the socket takes
-// them, and without delay once push() has no more to add. Whoever connects has proved to know the group's token
-// (devices/processes/connections.py), before the socket comes here.
+// TcpChannel: a channel to a rank of another host over TCP. Committed bytes are sent in pieces, as the socket takes them;
+// after push() the last piece is sent without delay (no waiting for further bytes). The socket is handed to this class
+// when both ends have proved that they know the group's token (devices/processes/connections.py).
 #pragma once
 #include <vector>
 

@@ -1,7 +1,8 @@
-// Products by the matrix unit of Intel CPUs (AMX), for the instruction set `amx`; elsewhere uses_matrix_unit() is false. The unit
-// has eight matrix registers of up to 16 rows of 64 bytes. An instruction adds to 16 x 16 results the products of 32 bf16
-// values of K: the float sums of the even and of the odd ones, rounded after every addition, are added, then their sum to the
-// result. So products of bf16 use the unit for any number of rows, as vector instructions would give other bits.
+// Matrix products by the matrix unit of Intel CPUs (AMX), for the instruction set `amx`; for others uses_matrix_unit() is false.
+// The unit has eight matrix registers of up to 16 rows of 64 bytes. For each of 16 x 16 results, an instruction adds the products
+// of 32 bf16 values of K: it sums those at even and those at odd K separately, in float, rounded after every addition; adds the
+// two sums; and adds this to the result. Vector instructions add in another order and give other bits, so products of bf16 use
+// the unit for any number of rows.
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 

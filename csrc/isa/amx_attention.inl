@@ -1,7 +1,8 @@
 // Attention to a BF16 cache by the matrix unit of Intel CPUs (AMX): scores and weighted values of a split. The unit multiplies pairs
-// of bf16 values, but keys of two positions, and two columns of the values, are neighbours in the cache. So each query and each
-// weight is a pair with a zero: (x, 0) selects the even ones of the neighbours and (0, x) the odd ones, and the cache is read as it is.
-// x, a float, is divided into two bf16 values, which hold 16 to 17 bits of it. Few query rows leave room for all four in a register.
+// of bf16 values and adds the two products. But a pair in the cache holds two different results' operands: keys of two positions, or
+// two columns of the values. So a query or weight x is paired with a zero: (x, 0) takes the first of a pair in the cache, (0, x) the
+// second, and the cache is read as it is. x is a float, held as two bf16 values (16 to 17 bits); so each x has four pairs, and with
+// few query rows all four fit in one register.
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 

@@ -1,4 +1,5 @@
-// Ops norm (RMS, layer or L2 norm of rows, or only their weights and biases) and moment (mean, RMS or deviation of rows).
+// Ops norm (RMS, layer or L2 norm of rows, times weight plus bias; kind `none`: weight and bias alone) and moment (the mean,
+// RMS or standard deviation of each row).
 #include "run/op.h"
 
 namespace intaglio {

@@ -1,10 +1,12 @@
-// Helpers for products with packed weights: memory for prepared rows, and one matrix of a stack.
+// Helpers of the ops that multiply rows of x by packed weights (linear, head_linear, experts): buffers for rows that are
+// rounded to the format of the product (with their scales), and the view of one matrix of a stack, such as one expert's.
 #pragma once
 #include "run/plan.h"
 
 namespace intaglio {
 
-// Lays out `rows` prepared rows of x for weight w in memory at `at`: sets *out and returns the bytes.
+// Lays out a buffer at `at` for `rows` rows of x, rounded for a product with weight w: sets *out (if not null) to its parts
+// and returns its size in bytes.
 inline int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* out) {
   const int64_t each = w.integer() ? 1 : x_bf16 && w.pairs() ? 2 : 4;
   const int64_t groups = w.integer() ? w.padded_k / w.group : 0, spans = w.integer() ? w.spans() : 0;

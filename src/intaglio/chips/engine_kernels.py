@@ -1,7 +1,7 @@
 """Kernels of serving engines as records of a kernel library: the files data/kernels/<engine>.toml.
 
 A table `[[kernels]]` describes one kernel: facts that hold on every chip, and constants for each generation of chips.
-engine_library() puts an engine's kernels before those of a chip's own library, where they are asked for by name.
+engine_library() returns a chip's kernel library with an engine's kernels added; callers choose these by name.
 """
 
 from __future__ import annotations

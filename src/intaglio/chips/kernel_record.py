@@ -1,7 +1,7 @@
 """KernelRecord: one kernel of a library, with the fields in which it differs from the library's other kernels.
 
-A library has one value a field, but vendors have several kernels for an op, by format and head width. A record names
-such a kernel, the calls it is chosen for, and its own values of the library's fields.
+A KernelLibrary has one value for each field, but vendors have several kernels for an op, by format and head width. A
+record names one of these kernels, the calls for which it is chosen, and its own values of the library's fields.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Disaggregated serving in virtual time, event by event: some servers compute prompts (prefill), others decode.
 
-A router gives each prompt to a prefill server. Its K/V then travels over the chips' links to a decode server, chosen by
-the router when the prompt is computed. There it waits for a free sequence and room in the cache; the first token counts
-from its admission.
+A router gives each prompt to a prefill server. When the prompt is computed, the router chooses a decode server, and the
+K/V is sent there over the chips' links. The request then waits for a free sequence and for room in the cache. The time
+to the first token ends when the decode server admits it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Many replicas of a server in virtual time, event by event: a router gives each arriving request to one of them.
 
-Every replica is a Queue of its own, so a day of thousands of chips takes minutes. Between two of its events a replica's
-steps are alike and are taken together. If a request comes to a replica meanwhile, only the steps before it are taken.
+Every replica is a Queue of its own. Between two events of a replica (a prompt ends, a response ends) all of its steps
+are alike, so they are simulated as one: a day of thousands of chips takes minutes. If a request arrives between two
+events, the steps before its arrival are simulated as one, and later steps with the new request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A server's queue in virtual time, event by event: arrivals, chunked prefill, decoding, a full K/V cache.
 
-It is the policy of the engine (`intaglio.runtime`) without its requests' tokens: between two events (a request
-arrives, a prompt ends, a response ends) all steps are alike and are taken together.
+Steps are scheduled as by the engine (`intaglio.runtime`), but no tokens are computed. Between two events (a request
+arrives, a prompt ends, a response ends) all steps are alike and are simulated as one.
 """
 
 from __future__ import annotations

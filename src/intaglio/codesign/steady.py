@@ -1,7 +1,7 @@
 """The steady state of a server under a constant number of open requests, in closed form; and a search over designs.
 
-An estimate takes a few steps' times. The search compares many designs by it and confirms the best by the queue itself
-(`codesign.queue`), whose figures are the ones to report.
+An estimate needs the times of only a few steps, so the search compares many designs by estimates. It then simulates the
+best designs request by request (`codesign.queue`) and reports the figures of this simulation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Storage formats: sets those of weights and K/V caches, and the format to which linears with FP8 weights round inputs.
+"""Passes that set number formats: of weights, of K/V caches, and of the inputs of linears with FP8 weights.
 
-Ports and ops do not depend on it.
+Ports and ops do not depend on these passes.
 """
 
 from __future__ import annotations

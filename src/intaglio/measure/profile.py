@@ -1,6 +1,7 @@
-"""Profile of a step: seconds per site with layers folded together, each beside its bound, and the time outside sites.
+"""Profile of a step: the measured time of each op beside its roofline bound, and the step's time outside all ops.
 
-Timed steps wait at the end of each op, so they may take a little longer than others; both times are reported.
+An op that every layer has is one Site, with the sum of its times in all layers. A step whose ops are timed waits at the
+end of each op, so it may take longer than other steps: the profile has the time of such a step and of a usual one.
 """
 
 from __future__ import annotations

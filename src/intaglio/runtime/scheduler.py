@@ -120,10 +120,11 @@ class Scheduler:
         return block
 
     def spare_slot(self) -> int:
-        """Returns the number of a slot of recurrent state that the test step on a replaced device may overwrite.
+        """Returns the number of a recurrent-state slot that may be overwritten, for the test step on a new device.
 
-        The slot is not allocated. If no slot is available, it is the slot that the last running sequence writes in its
-        next step, because its content is not needed before. Returns -1 if the model has no recurrent state. Call it
+        After a device was lost, the new one runs a step of one token as a test. The slot is one that no sequence uses.
+        If all are in use, it is the slot into which the last running sequence will write its next state: until then
+        nothing reads the slot. The slot is not allocated. Returns -1 if the model has no recurrent state. Call this
         only while no step runs.
         """
         if self.slots.free or self.slots.evictable:

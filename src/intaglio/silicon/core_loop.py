@@ -1,7 +1,7 @@
-"""Time of a loop of all cores, each with programs of loads, computation and stores, which share the memories.
+"""Time of a loop over jobs on all cores: each core loads, computes and stores, and all cores share L2 and HBM.
 
-Finer than tile_loop.py: every core is followed, and every tile in the L2. Transfers in flight share the rates of the L2
-and of HBM equally, as in the simulator. For kernels whose cores have unlike jobs.
+For kernels whose cores have unlike jobs. This closed form is finer than that of tile_loop.py: it follows every core,
+and every tile in the L2. Transfers in flight share the rates of L2 and HBM equally, as in the simulator.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ class RandomL2:
         self.capacity, self.held, self.evicted, self.dirty = capacity, held, evicted, 0.0
 
     def kept(self, before: float) -> float:
-        """Returns the probability that a line is still in the L2, if it was loaded when `evicted` was `before`.
+        """Returns the probability that the L2 still has a line that was loaded earlier.
 
-        It is exp(-n / capacity), where n is the number of bytes evicted since then.
+        It is exp(-n / capacity), where n is the number of bytes evicted since the line was loaded. before: value of
+        the attribute `evicted` when the line was loaded.
         """
         return exp((before - self.evicted) / self.capacity)
 

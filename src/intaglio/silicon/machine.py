@@ -126,7 +126,7 @@ class Transfer:
 
 
 def l2_of(target: Target) -> Cache:
-    """Returns a new, empty Cache that models a chip's L2, with the size that the library's kernels can use."""
+    """Returns a new, empty Cache that models a chip's L2. Its size is the part of the L2 that can hold operands."""
     return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
@@ -373,15 +373,14 @@ class Machine:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
     def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float, float]:
-        """Record a transfer in the L2 model. Returns (HBM bytes, fraction that misses, time when all lines are there).
+        """Record a transfer in the L2 model. Returns (HBM bytes, fraction that misses, time when the L2 has all lines).
 
         - HBM bytes: bytes that the L2 reads from HBM, or writes back to HBM, because of this transfer.
         - Fraction that misses: for a Load, the fraction of its bytes that the L2 fetches from HBM. The latency of the
           Load is this fraction of HBM's latency. (The L2's own latency is part of the launch overhead.) For any other
           instruction it is 1.
-        - Time: a Load may read L2 lines that an earlier transfer is still fetching from HBM. This is when the last of
-          them arrives, in seconds since the start of the run. It is 0 if there are no such lines, and for any other
-          instruction.
+        - Time: for a Load, when the last of its lines arrives or arrived from HBM, in seconds since the start of the
+          run. It may wait for lines that an earlier transfer is still fetching. For any other instruction it is 0.
 
         Gather and Scatter always miss the L2 in this model, since their addresses depend on values.
         """

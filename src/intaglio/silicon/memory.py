@@ -53,7 +53,7 @@ class Region:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The pair (address of the region's first byte, address after its last byte). Both are equal without rows."""
+        """The pair (address of the region's first byte, address after its last byte). Without rows they are equal."""
         return self.address, self.address + (
             self.rows - 1
         ) * self.stride + self.row_bytes if self.rows else self.address

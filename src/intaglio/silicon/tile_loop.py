@@ -131,7 +131,9 @@ class TileLoop:
 
 
 def followed_jobs(kept: int, cores: int) -> Iterator[int]:
-    """Yields the numbers of jobs, in ascending order, for which a loop that exceeds the L2 is simulated.
+    """Yields the numbers of jobs that through_l2() simulates, in ascending order. It interpolates between them.
+
+    All are above `kept`: a loop with so many jobs exceeds the L2.
 
     kept: largest number of jobs whose data fit the L2. cores: number of cores.
     """

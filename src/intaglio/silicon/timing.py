@@ -87,7 +87,7 @@ def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> An
 
 
 def fraction_held(need: float, capacity: float) -> float:
-    """Returns the fraction (0 to 1) of `need` bytes that a cache of `capacity` bytes still holds when read again.
+    """Returns the fraction (0 to 1) of `need` bytes that are still in a cache of `capacity` bytes at the next read.
 
     It is 1 if `need` is at most `capacity`, 0 if it is at least twice `capacity`, and linear between. So modelled time
     grows without a jump where a tensor exceeds the L2. The width of this transition is an assumption. Returns 0 if

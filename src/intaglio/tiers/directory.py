@@ -149,10 +149,10 @@ class BlockDirectory:
                 os.utime(self.file(name), ns=(now, now - DEPTH * depth))
 
     def _date(self, file: Path, parent: str) -> None:
-        """Give a block's new file an older time of last use than its parent's file, so that it is evicted first.
+        """Make a block's new file count as used just before its parent's file, so that the new file is evicted first.
 
-        Returns nothing. If the parent has no file, nothing is changed. parent: name of the block before it in the
-        prompt.
+        Returns nothing. If the parent has no file, nothing is changed. parent: name of the parent, the block before
+        this one in the prompt.
         """
         with suppress(OSError):  # no parent, or deleted meanwhile
             used = os.stat(self.file(parent)).st_mtime_ns - DEPTH

@@ -98,7 +98,7 @@ class Leases:
     def pinned(self) -> set[str]:
         """Returns a set of the names of all blocks that leases protect. Deletes leases that have ended or are damaged.
 
-        Also deletes partial files, which processes left that were killed while they wrote a lease.
+        Also deletes partial files of processes that were killed while they wrote a lease.
         """
         found: set[str] = set()
         for partial in self.folder.glob(".*"):

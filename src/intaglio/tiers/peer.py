@@ -110,10 +110,10 @@ class PeerTier(StoreTier):
                 self._announced.popitem(last=False)
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Returns how many of the first blocks in `names` load() can probably get.
+        """Returns the number of blocks in `names` before the first block that load() cannot get.
 
-        Counting ends at the first block that is neither in this process's memory nor announced to be at a peer. A peer
-        may have evicted the block since. names: names of the blocks, each the parent of the next.
+        This is the first block that is neither in this process's memory nor announced to be at a peer. A later load()
+        may get fewer, since blocks may be evicted. names: names of the blocks, each the parent of the next.
         """
         here = (at for at, name in enumerate(names) if name not in self._announced and not self.store.has(name))
         return next(here, len(names))
@@ -153,9 +153,9 @@ class PeerTier(StoreTier):
             keys = keys[got:]
 
     def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """Returns a list of the first items of `keys`: those whose blocks are announced to be at the peer `address`.
+        """Returns a list of the keys before the first key whose block is not announced to be at the peer `address`.
 
-        It ends before the first key whose block is not announced there, and so may be empty.
+        The list is empty if the first block is not announced there.
         """
         return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
 

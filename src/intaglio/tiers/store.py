@@ -59,10 +59,10 @@ class BlockLeases(Protocol):
         """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` seconds from now. Returns True, or False if it has ended already.
+        """Extend a lease, so that it ends `seconds` seconds from now. Returns True if the lease was extended.
 
-        Raises ValueError unless 0 < seconds <= leases.LONGEST, and TimeoutError if others lock the leases for too long.
-        lease: id of the lease.
+        Returns False if it has ended already or cannot be changed. Raises ValueError unless 0 < seconds <=
+        leases.LONGEST, and TimeoutError if others lock the leases for too long. lease: id of the lease.
         """
 
     def release(self, lease: str) -> None:
@@ -153,21 +153,23 @@ class StoreTier:
         self.order: BlockOrder | None = None
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Returns how many of the first blocks in `names` the store has now. They may be evicted before a load.
+        """Returns the number of blocks in `names` before the first block that load() cannot get from the store.
+
+        A later load() may get fewer, since blocks may be evicted.
 
         names: names of the blocks, each the parent of the next.
         """
         return self.stored(names)
 
     def stored(self, names: Sequence[str]) -> int:
-        """Returns how many of the first blocks in `names` the store has. Counting ends at the first one it lacks.
+        """Returns the number of blocks in `names` before the first block that the store does not have.
 
         names: names of the blocks, each the parent of the next.
         """
         return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> StoreLoad:
-        """Begin to read the blocks `keys` in another thread. Returns a StoreLoad, which collects the read blocks.
+        """Begin to read the blocks `keys` in another thread. Returns a StoreLoad, which collects the blocks.
 
         After close() nothing is read: the StoreLoad has ended and has no blocks. block_bytes: bytes of each block.
         """
@@ -220,11 +222,11 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Extend a lease, so that it ends `seconds` seconds from now. Returns True, or False if it has ended already.
+        """Extend a lease, so that it ends `seconds` seconds from now. Returns True if the lease was extended.
 
-        If it has ended already, the counter counts.expired grows by 1. Raises TimeoutError if others lock the leases
-        for too long; this counts as an error, and the lease goes on as before. Raises ValueError unless 0 < seconds <=
-        leases.LONGEST. lease: id of the lease.
+        Returns False if it has ended already or cannot be changed; then the counter counts.expired grows by 1. Raises
+        TimeoutError if others lock the leases for too long; this counts as an error, and the lease goes on as before.
+        Raises ValueError unless 0 < seconds <= leases.LONGEST. lease: id of the lease.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)
@@ -240,7 +242,7 @@ class StoreTier:
         self.store.leases.release(lease)
 
     def handed(self, lease: str, names: Sequence[str]) -> int:
-        """Returns how many of the first blocks in `names` are stored and protected from eviction by `lease`.
+        """Returns the number of blocks in `names` before the first that is not stored, or not protected by `lease`.
 
         A prefill replica calls this when it has saved a prompt's blocks: the replica that generates can rely on this
         number of blocks. Returns 0 if the lease has ended, and then adds 1 to the counter counts.expired.

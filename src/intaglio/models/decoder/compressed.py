@@ -1,9 +1,9 @@
 """Writes the ops of compressed attention (DeepSeek-V4, 2026, section 2.3): to a window of keys and to pooled entries.
 
-Keys serve as values, one head for all query heads. A layer attends to the keys of a window, and to entries that are
-pooled from runs of tokens: to all of them, or to those that an indexer chooses, which has small entries of its own.
-Since rope turned the values with the keys, it is undone on the result. Groups of heads are projected to a few columns
-each before the output projection.
+All query heads share one K/V head, whose keys are also the values. A layer attends to the keys of a window, and to
+entries that are pooled from runs of tokens: to all entries, or to those that an indexer chooses by small entries of its
+own. Rope has rotated the keys and so the values too, so the result is rotated back. Before the output projection, each
+group of heads is projected to a few columns.
 """
 
 from __future__ import annotations

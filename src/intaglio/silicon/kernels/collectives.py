@@ -109,7 +109,7 @@ class RecvKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class Network:
-    """The links of a group of chips, as a simulation in normalised units sees them.
+    """Description of the links of a group of chips, in the normalised units of simulations.
 
     In these units every link has a bandwidth of 1 byte/s and a latency of 1 s.
     """
@@ -158,7 +158,7 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Returns the fraction of its link bandwidth that a chip gets while all `chips` chips of a group send; at most 1.
+    """Returns the fraction of a chip's link bandwidth that it gets while all `chips` chips of a group send; at most 1.
 
     It is below 1 only on a pcie_tree with fewer links to the host (chip.links.host_links) than chips.
     """
@@ -166,7 +166,7 @@ def host_share(chip: ChipSpec, chips: int) -> float:
 
 
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
-    """Returns a list of names of the algorithms among which the fastest is chosen for the collective `op`.
+    """Returns a list of the names of the algorithms to compare for the collective `op`. The fastest of them is used.
 
     In three cases there is one candidate: if the library has only rings, if the topology is a torus, and if the group
     has more than MAX_SIMULATED_RANKS chips. It is "direct" for all_to_all and send, and "ring" for other collectives.
@@ -218,8 +218,8 @@ def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: 
     """Returns the seconds of a collective with chunks of `chunk` bytes, on links of 1 byte/s and 1 s latency.
 
     The value is interpolated linearly between the simulated times of the next smaller and the next larger chunk size.
-    The error is 0.2 %. It is 15 % where transfers take place in a different order at the two sizes. network, ranks, op,
-    algorithm: as in unit_seconds().
+    It is mostly exact, because times grow linearly with size. The error is up to 15 % where transfers take place in a
+    different order at the two sizes. network, ranks, op, algorithm: as in unit_seconds().
     """
     size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
     low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
@@ -341,7 +341,7 @@ def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
 
 
 def switch_speedup(chips: int) -> float:
-    """Returns the bandwidth of an all_reduce that the switch sums (NVLink SHARP), divided by the bandwidth of a ring.
+    """Returns the speedup of an all_reduce with sums in the switch (NVLink SHARP), relative to an all_reduce on a ring.
 
     For P chips it is (2 (P - 1) / P) / (1 + 2 / P): bytes per link in a ring, divided by bytes per link with the
     switch. It is below 1 for P < 4.

@@ -121,7 +121,7 @@ class ExpertsKernel(ChipKernel):
         return found | {label: replace(found[label], seconds=launch_s + s) for label, s in seconds.items()}
 
     def layer(self, sizes: BatchSizes) -> tuple[int, int, tuple[int, ...], int, int, int, str, str, float, bool]:
-        """Returns the arguments of experts_timing() after `target`, for a step with the sizes `sizes`.
+        """Returns the arguments of experts_timing() for a step as a tuple, without `target` and `kernel`.
 
         The tuple is (tokens, experts that a token chooses, rows of each expert on the chip, experts on all chips,
         hidden width, inner width, format of x, format of weights, bits of a weight, True if experts have a gate).
@@ -186,7 +186,7 @@ class ExpertsKernel(ChipKernel):
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Returns the expected rows of each of a chip's `held` experts, as a tuple of `held` integers in descending order.
+    """Returns the expected number of rows of each expert on a chip: a tuple of `held` integers in descending order.
 
     Every token chooses `top` of all `experts` experts at random. Then `held * (1 - (1 - top / experts) ** tokens)` of
     the chip's experts, rounded, are expected to have rows. They share tokens * top * held / experts rows (at least 1)
@@ -259,7 +259,7 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """Returns a copy of `target` with the library's values for the kernel that computes experts in these formats.
+    """Returns a copy of `target` whose library describes only the kernel that computes experts in these formats.
 
     If the library describes no single kernels, the result is `target` itself. See Target.kernel(). Raises ChipError if
     the library describes kernels but not `name`.
@@ -271,10 +271,11 @@ def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") 
 
 @lru_cache(maxsize=4096)
 def grouped_target(target: Target, tokens: int, experts: int) -> Target:
-    """Returns a copy of `target` with which a grouped product can be timed by the functions for a plain product.
+    """Returns a copy of `target` with the library's values for grouped products (one product for each expert).
 
-    A grouped product is one product for each expert. In the copy, the library's tiles, matmul_stages, mxu_efficiency
-    and burst_bytes are its values for grouped products, and K is not split. Raises ChipError if no tile fits the chip.
+    Functions that time a plain product use it to time a grouped product. In the copy, the library's tiles,
+    matmul_stages, mxu_efficiency and burst_bytes are its values for grouped products, and K is not split. Raises
+    ChipError if no tile fits the chip.
 
     tokens, experts: numbers of tokens and of experts in the step; some libraries choose tiles by them.
     """
@@ -351,10 +352,10 @@ def grouped_timing(
 def combine_loop(
     target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
-    """Returns (loop, width) for the kernel that sums the experts' results of each token.
+    """Returns (TileLoop, columns of a job): a time model of the kernel that sums the experts' results of each token.
 
-    loop is a TileLoop, which models the kernel's time. A job of this loop is one token and some of its columns; width
-    is the largest number of columns of a job.
+    A job of the TileLoop is one token and some of its columns. The second value is the largest number of columns of a
+    job.
 
     Args:
         target: the chip and its kernel library.
@@ -438,7 +439,7 @@ def experts_timing(
         target: chip and kernel library.
         tokens: number of tokens of the step.
         top_k: number of experts that each token chooses.
-        counts: number of rows of each expert that the rank holds.
+        counts: for each expert on this rank, the number of rows that it computes.
         n_experts: number of experts on all ranks.
         hidden: width of x.
         inner: width of an expert's inner row.

@@ -1,7 +1,7 @@
-"""Attention whose keys are gathered by index, as `attend` to chosen positions and `attend_pooled`: streams and time.
+"""Attention that gathers keys by index: streams and time shared by `attend` to chosen positions and `attend_pooled`.
 
-A job is one token and some of its query heads. What says where its keys are is loaded while the job before it is
-computed, so that the keys can be gathered at once.
+A job is one token and some of its query heads. The indices of a job's keys are loaded while the job before it is
+computed, so that the keys can be gathered without waiting.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GatherPlan:
 
 @dataclass(frozen=True)
 class GatherJob:
-    """One job of the attention kernel, as its time model sees it: one token and some of its query heads.
+    """One job of the attention kernel, described for its time model: one token and some of its query heads.
 
     Attributes:
         place: name under which the L2 model knows the job's queries and results.
@@ -100,7 +100,9 @@ class GatherJob:
 def gathered_seconds(
     target: Target, plan: GatherPlan, cores: Sequence[Sequence[GatherJob]], held: Sequence[tuple[Hashable, float]]
 ) -> float:
-    """Returns the seconds from the start of the streams until the last result is stored, without launch overhead.
+    """Returns the seconds of an attention kernel that gathers keys by index, without launch overhead.
+
+    The time is from the start of the streams until the last result is stored.
 
     Args:
         target: the chip and its kernel library.
@@ -144,7 +146,10 @@ class _Core:
     results: list[float] = field(default_factory=list)
 
     def loads(self) -> Program:
-        """Yields the core's loads in order. A job's indices and queries are loaded before the previous job's keys."""
+        """Yields a Transfer for each load of the core, in order, and None while it waits for the core's computation.
+
+        A job's indices and queries are loaded before the previous job's keys.
+        """
         plan, chip, tiles = self.plan, self.target.chip, 0
         now = visible = 0.0
         ends = list(accumulate(len(job.tiles) for job in self.jobs))  # number of tiles up to each job
@@ -216,7 +221,7 @@ class _Core:
             self.sums.append(lanes)
 
     def stores(self) -> Program:
-        """Yields the core's stores of results in order, and None while it waits for a result."""
+        """Yields a Transfer for each store of a result, in order, and None while it waits for a result."""
         now, size = 0.0, 4.0 * self.plan.rows * self.plan.dv
         for number, job in enumerate(self.jobs):
             while len(self.sums) <= number:

@@ -68,7 +68,7 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """Returns the argument `reader` of rounded(), with which the cores load the rows of x sorted by expert.
+    """Returns a function `reader` that emits loads of rows of x, sorted by expert. It is an argument of rounded().
 
     reader(builder, step) takes the StreamBuilder of a core and the largest number of rows of a tile. It returns a
     function read(tile, rows, columns), which emits the load of a part of x into `tile` and returns the filled region of

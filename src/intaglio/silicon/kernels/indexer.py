@@ -86,7 +86,7 @@ class ChooseKeysKernel(WorkKernel):
 
     @property
     def sizes(self) -> tuple[int, int, float]:
-        """The number of indexer heads, the columns of a head, and the bytes of a value in the key cache."""
+        """A tuple (number of indexer heads, columns of a head, bytes of a value in the key cache)."""
         assert isinstance(self.op, ChooseKeys)
         cache = next(t for t in self.tensors if t.name == self.op.cache)
         return self.op.heads, int(cache.shape[3]), formats.bits(cache.format) / 8
@@ -137,7 +137,7 @@ class ChooseKeysKernel(WorkKernel):
         return Timing(seconds, timing.busy, timing.hbm_bytes, timing.l2_bytes, flops=timing.flops)
 
     def query_loads(self, job: IndexJob) -> list[Move]:
-        """Returns two loads: the job's queries, and their weights."""
+        """Returns a list of two loads: the job's queries, and their weights."""
         heads, d, _ = self.sizes
         n = job.rows.stop - job.rows.start
         return [Move(float(n * heads * size * WIDE), (size, *job.place)) for size in (d, 1)]
@@ -225,7 +225,7 @@ class ChooseKeysKernel(WorkKernel):
 
 
 def entry_rows(op: ChooseKeys, batch: Batch, sequence: int, span: slice) -> np.ndarray:
-    """Returns the rows of the key cache that hold the entries `span` of a sequence, as an int array.
+    """Returns an int array: the row numbers of a sequence's entries `span` in the key cache.
 
     An entry is the key of `op.every` tokens. sequence: number of the sequence in the batch.
     """

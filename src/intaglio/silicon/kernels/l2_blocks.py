@@ -51,9 +51,9 @@ class L2Blocks(RandomL2):
         return written
 
     def missing(self, key: int, size: float) -> float:
-        """Returns the expected number of bytes that the L2 lacks of the block `key` of `size` bytes.
+        """Returns how many bytes of block number `key` are expected to be missing in the L2.
 
-        Less than half a line counts as 0.0.
+        Less than half a line counts as 0.0. size: bytes of the block.
         """
         found = self.blocks.get(key)
         if found is None:

@@ -144,7 +144,7 @@ class LinearAttentionKernel(SequenceKernel):
 
 
 def state_rows(number: int, keys: int) -> slice:
-    """Returns the slice of rows that a head's state occupies in the state tensor, when that is viewed as a matrix.
+    """Returns the rows of one head's state, as a slice of the rows of the state tensor viewed as a matrix.
 
     number: number of the head, counted over all slots. keys: rows of one head's state.
     """

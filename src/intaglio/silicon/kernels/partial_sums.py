@@ -26,7 +26,7 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 
 
 def missed_sums(target: Target, sums: Any, written: Any) -> Any:
-    """Returns the HBM traffic that it takes to read partial sums back, in bytes per byte of partial sums.
+    """Returns how many bytes HBM reads and writes for each byte of partial sums that is read back.
 
     Before the sums are read, the L2 has evicted the fraction `written` of them to HBM, and has to fetch it again. A
     fetched byte takes the place of another byte in the L2, chosen at random. If that byte belongs to the sums, it is

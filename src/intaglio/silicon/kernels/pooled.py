@@ -143,7 +143,7 @@ class PoolKeysKernel(ChipKernel):
 
 
 def cache_rows(op: PoolKeys, batch: Batch, sequence: int, row: int) -> np.ndarray:
-    """Returns the rows of the two caches that are pooled into one entry, as int64 [n].
+    """Returns int64 [n]: the numbers of the rows, in both caches, that are pooled into one entry.
 
     The entry is that of the run of tokens that ends with the token in row `row` of the step. A cache has one row for
     each slot and head. sequence: number of the token's sequence.

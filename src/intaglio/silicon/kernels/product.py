@@ -120,13 +120,13 @@ def x_resident(target: Target, x_bytes: Any) -> Any:
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """Returns how a core divides its SRAM: (rows per drain, bytes of all stages, bytes of a stage beside operands).
+    """Returns a core's use of SRAM: (rows per drain, bytes of all stages, bytes of a stage that hold no operands).
 
     - Rows per drain: number of rows of a tile that move from the accumulators to SRAM at a time.
     - Bytes of all stages: a stage is a buffer for the operands of one step over K. The stages get what two tiles of
       drained rows, two rows of bias and 1,024 bytes leave, but at least a quarter of SRAM.
-    - Bytes of a stage beside operands: its scales (if x has 8 bits) and padding for alignment; at most an eighth of all
-      stages.
+    - Bytes of a stage that hold no operands: its scales (if x has 8 bits) and padding for alignment; at most an eighth
+      of all stages.
 
     The results are numbers or arrays, as tm and tn are.
 
@@ -218,7 +218,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     shape, seconds = found["seconds"].shape, found["seconds"].max(axis=0)
 
     def of_all(v: Any) -> Any:
-        """Returns the part of `v`, an item of `found`, that is for the product of all m rows: its first item."""
+        """Returns the first item of the array `v`: the values for the product of all m rows.
+
+        In a tuple, each item is replaced in this way. Any other value is returned unchanged.
+        """
         if isinstance(v, tuple):
             return tuple(of_all(one) for one in v)
         return np.broadcast_to(v, shape)[0] if isinstance(v, np.ndarray) else v
@@ -309,10 +312,9 @@ def product_times(
     port = min(chip.port_rate, shared)
 
     def load(active: Any, columns: Any, rows: Any = rows) -> tuple[Any, Any]:
-        """Returns the seconds to load the parts of x and w for one step over K, as a pair.
+        """Returns (seconds of a load while `active` cores load at once, seconds of the load on one core alone).
 
-        The first is for `active` cores that load at the same time. The second is for one core alone, whose rate is that
-        of its port.
+        The load is that of a core's parts of x and w for one step over K. A core alone loads at the rate of its port.
 
         columns: mean number of columns of a tile (rows of w). rows: rows of x in a tile; 0: only w is loaded.
         """
@@ -349,7 +351,7 @@ def product_times(
     per_tile = np.maximum(np.maximum(drain, store), (half + pieces * depth_s) / 2)
 
     def end(part: Any = 1.0, height: Any = rows) -> tuple[Any, Any]:
-        """Returns (seconds until a tile is drained, seconds until it is stored).
+        """Returns (seconds until a tile is drained, seconds until it is stored), both counted from its last matmul.
 
         A tile is drained and stored in pieces of `piece` rows; the last may have fewer. A piece is drained while the
         piece before it is stored. part: width of the tile, as a fraction of a full tile. height: rows of the tile.
@@ -448,7 +450,7 @@ def product_times(
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
         def in_line(load_s: Any) -> Any:
-            """Returns a tile's seconds, if each step's operands are loaded during the matmuls of the step before.
+            """Returns the seconds of one tile if each step's operands are loaded during the matmuls of the step before.
 
             load_s: seconds to load one step's operands.
             """
@@ -508,7 +510,7 @@ def product_times(
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
     def transfers(read: Any, last_out: Any) -> Any:
-        """Returns the seconds in which HBM moves `read` bytes together with the stores that compete with these reads.
+        """Returns the seconds that HBM takes to read `read` bytes and to write the results that are stored meanwhile.
 
         last_out: fraction of the stored bytes that are stored after the last load and so do not compete with reads.
         """

@@ -1,8 +1,8 @@
 """Time of the instruction streams of a matrix product: the loop of all cores over their tiles and over steps of K.
 
-The closed form of the streams of tiled.py. It finds for each load and store of a core when it starts, which of its
-bytes the L2 has then, and when it ends beside the other transfers in flight. The times of matmuls and drains follow
-from these. Cores in the same situation are followed as one.
+The closed form of the streams of tiled.py. For each load and store of a core it finds when the transfer starts, how
+many of its bytes are in the L2 then, and when it ends beside the other transfers in flight. The times of matmuls and
+drains follow from these. Cores that do the same work at the same times are followed as one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PARTS = 8  # HBM's bytes of a transfer are rounded to such parts of its size
 
 
 def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> tuple[float, float]:
-    """Returns (seconds of a product's streams, fraction of the stored bytes that the L2 has written back to HBM).
+    """Returns (seconds of a matrix product, fraction of its result's bytes that were written to HBM by its end).
 
-    The seconds are from the first load to the last store, without launch overhead. The fraction is 1.0 on a chip
-    without an L2.
+    The modelled seconds are those of the product's instruction streams, from the first load to the last store, without
+    launch overhead. The fraction is below 1 if the L2 still holds a part of the result; without an L2 it is 1.0.
 
     Args:
         target: chip and kernel library.
@@ -78,7 +78,9 @@ class _Cores:
 
 @dataclass(slots=True)
 class _Flows:
-    """The transfers in flight that run at the same rate, because HBM moves the same number of bytes per byte of each.
+    """A group of transfers in flight that all run at the same rate.
+
+    HBM moves the same number of bytes for each byte of these transfers.
 
     Attributes:
         moved: bytes that a transfer has moved if it has been in flight since the first of these began.
@@ -157,7 +159,7 @@ class _Loop:
         self.missing += missing
 
     def end(self, flow: _Flows) -> _Cores:
-        """End the first transfer of `flow` to finish, at the current time. Returns the group of cores that made it."""
+        """End the transfer of `flow` that finishes first, at the current time. Returns its group of cores."""
         _, _, core, store, missing, latency_s, ready = heapq.heappop(flow.ends)
         self.users -= core.of.count
         self.missing -= missing

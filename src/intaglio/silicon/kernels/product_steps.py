@@ -1,7 +1,6 @@
 """ProductSteps: lists what the cores of a tiled matrix product load, multiply and store, in bytes and seconds.
 
-For the closed form of the streams of tiled.py, which product_loop.py computes. Cores in the same situation have one
-list.
+product_loop.py computes the product's time from these lists. Cores that do the same work at the same times share one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ RANKS = 3  # of cores that begin with the same weights, so many are followed apa
 
 @dataclass(frozen=True, kw_only=True)
 class ProductLoop:
-    """Properties that all jobs of a matrix product, or of several products in one kernel, share.
+    """Properties shared by all jobs of a kernel that computes one or several matrix products.
 
     Attributes:
         cut: sizes of tiles, steps and buffers.
@@ -241,7 +240,7 @@ class ProductSteps:
         return self.works[first, n]
 
     def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
-        """Returns for each step of a job: (number of the operand's block in the L2, bytes of each row in this block).
+        """Returns a list with one pair for each step: (number of the operand's L2 block, bytes of each row in it).
 
         If earlier steps have loaded all cache lines of a step, its item has the block number of the step before, and 0
         bytes. of: name of the operand, "x" or "w".
@@ -268,10 +267,10 @@ class ProductSteps:
         return Load(rows * length(step) * bits / 8, rows * block[1], [base + block[0] for base in bases])
 
     def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[list[Load]]]:
-        """Yields for each step of a job a list of lists of Loads, one for each side of a GLU pair.
+        """Yields the Loads of each step of a job, as a list with one inner list for each side of a GLU pair.
 
-        The first list has the Loads before the first side's matmul, the second those before the second side's. Without
-        a GLU pair there is only the first. Loads are in the order in which a core makes them.
+        The first inner list has the Loads before the first side's matmul, the second those before the second side's.
+        Without a GLU pair there is only the first. Loads are in the order in which a core makes them.
 
         Args:
             same: the jobs that the cores of a group compute at this time.

@@ -100,7 +100,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """Returns the number of FP32 columns of each SRAM tile that a core needs for one row, as a tuple.
+        """Returns a tuple: for each SRAM tile that a core needs for one row, its number of FP32 columns.
 
         The base class returns self.width once for each operand, and at least twice.
         """

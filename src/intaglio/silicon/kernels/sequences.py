@@ -172,7 +172,7 @@ class SequenceKernel(WorkKernel):
         return replace(work, seconds=target.library.launch_s + steps_seconds(target.chip, l2, cores, depth))
 
     def block_loads(self, sequence: int, columns: slice, block: slice) -> list[Move]:
-        """Returns the loads of one block of rows.
+        """Returns a list of the loads of one block of rows.
 
         block: the rows, counted from the sequence's first row. columns: the job's columns.
         """

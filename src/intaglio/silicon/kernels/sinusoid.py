@@ -22,7 +22,7 @@ FIRST = (("operand", "a"), ("number", 0.0), ("binary", "+"))
 @chip_kernel(Sinusoid)
 @dataclass(frozen=True)
 class SinusoidKernel(RowsKernel):
-    """Chip kernel of `sinusoid`. It rotates rows of ones and zeros by the angles, which gives cosines and sines."""
+    """Chip kernel of `sinusoid`: sines and cosines of angles. A Rope instruction rotates (1, 0) by each angle."""
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         shift = map_cycles(chip, FIRST, 1)  # of the position

@@ -55,7 +55,7 @@ class SinkhornKernel(RowsKernel):
 @chip_kernel(MixStreams)
 @dataclass(frozen=True)
 class MixStreamsKernel(RowsKernel):
-    """Chip kernel of `mix_streams`. A core processes up to COLUMNS columns of all streams of one row at a time.
+    """Chip kernel of `mix_streams`, which mixes residual streams. A job has one row and up to COLUMNS columns a stream.
 
     Each stream of the result is a sum of terms. Each term has one Map instruction.
 

@@ -1,6 +1,6 @@
-"""Streams of a matrix product, whose loop product_loop.py follows in closed form: rounding of x, then the product.
+"""Instruction streams of a matrix product: one launch rounds x to the op's x_format, another multiplies the codes.
 
-x is rounded to the op's x_format by a launch of its own, as the closed form assumes: it times the product of codes.
+product_loop.py has the closed form of the second launch; it assumes that x is rounded already.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def rounded(
 
 @dataclass
 class TileJob:
-    """One tile of the result that a core computes; if K is split, its sum over one part of K.
+    """One job of a core in a matrix product: a tile of the result, summed over all of K or over one part of K.
 
     Attributes:
         rows: slice of the rows of x and of the result.
@@ -192,10 +192,12 @@ class TiledProduct:
                 self.k.emit(isa.Matmul(acc=acc, a=x, b=y, row_scale=job.factor, col_scale=scale, accumulate=more))
 
     def load_x(self, job: TileJob, step: slice) -> Region:
-        """Emit the load of the columns `step` of a job's rows of x. Returns the SRAM tile.
+        """Emit the load of a tile of x: the job's rows, and the columns of one step. Returns the tile's Region in SRAM.
 
         If x has scales, the method also sets job.factor to an SRAM tile with the scales of these columns. It emits the
         load of the scales only where a new scale begins; in the steps between, job.factor stays as it is.
+
+        step: slice of the job's columns of x, which begin at column job.first.
         """
         columns = shifted(step, job.first)
         a = load(self.k, self.x_tiles.next(), self.codes.x.part(job.rows, columns), self.cut.rows)
@@ -208,7 +210,7 @@ class TiledProduct:
         return a
 
     def groups(self, side: int, job: TileJob, step: slice) -> list[tuple[slice, Region | None]]:
-        """Group a step's columns of w by their scale. Returns a list of (columns that share a scale, their scales).
+        """Divide a step's columns of w where the scales change. Returns a list of (columns, scales of these columns).
 
         The columns are a slice, counted from the first column of the step. The scales are a row of an SRAM tile, with
         one scale for each row of w. If w is not quantised, the list has one item: (all columns, None).
@@ -273,10 +275,10 @@ def product_streams(
 
 
 def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """Yields the pieces of a tile's rows that move from accumulators to SRAM one after the other.
+    """Divide a tile's rows into pieces of one SRAM buffer. Yields (rows within the tile, rows of the result) of each.
 
-    Each item is (rows within the tile, rows of the result), two slices of equal length. A piece has as many rows as one
-    SRAM buffer of `ring`; the last piece may have fewer.
+    The two are slices of equal length. A piece has as many rows as one SRAM buffer of `ring`; the last piece may have
+    fewer. The pieces move from accumulators to SRAM one after the other.
     """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
         yield piece, shifted(piece, job.rows.start)

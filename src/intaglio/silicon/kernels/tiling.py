@@ -28,7 +28,7 @@ def scale_columns(group: int, k: int) -> int:
 
 
 def groups_in(group: int, depth: int) -> int:
-    """Returns the largest number of scale groups of weights that a range of `depth` consecutive columns touches.
+    """Returns an upper bound for the number of scale groups that `depth` consecutive columns of weights touch.
 
     It is 0 if the weights have no scales. group: number of consecutive weights of a row that share a scale; 0: none.
     """
@@ -158,7 +158,7 @@ def split_steps(k: int, span: int, cut: Tiling) -> list[list[slice]]:
 
 @dataclass(frozen=True)
 class Job:
-    """One tile of the result that a core computes; if K is split, its sum over one part of K.
+    """One job of a core in a matrix product: a tile of the result, summed over all of K or over one part of K.
 
     Attributes:
         rows: slice of the rows of x and of the result.
