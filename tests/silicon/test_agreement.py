@@ -14,7 +14,7 @@ from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.agreement import compare_kernel
 from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
-from intaglio.ops import Attend, Embed, Linear, Tensor, Value
+from intaglio.ops import Attend, ChooseKeys, Decay, Embed, Linear, Norm, SelectiveScan, ShortConv, Tensor, Value
 from intaglio.silicon.cache import LINE, Cache, lines_of
 from intaglio.silicon.kernels import kernel_class
 from intaglio.silicon.kernels.experts import expected_rows, experts_timing
@@ -52,7 +52,46 @@ def test_closed_form_and_machine_agree_on_followed_loops(kind: str, rng: np.rand
     """On any chip: the closed form follows every core, and the tiles in the L2."""
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
-    assert all(0.9 < a.ratio < 1.1 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
+    assert all(0.95 < a.ratio < 1.05 for a in found), [(on.chip.name, a.ratio, a.case.words) for a in found]
+
+
+@pytest.mark.parametrize(("chip", "width"), [("a100_sxm", 3296), ("l40s", 800), ("tpu_v5e", 320)])
+def test_first_column_of_a_transposed_state_brings_the_lines_of_the_others(chip: str, width: int) -> None:
+    """The closed form loaded the columns of rates and state as one tile, and was up to 6 % off on an A100."""
+    names = {"x": "x", "step": "d", "b": "b", "c": "c", "rate": "r", "skip": "k", "state": "s"}
+    tensors = [temp(name, columns) for name, columns in (("x", width), ("d", width), ("b", 16), ("c", 16))]
+    tensors += [Tensor("r", (width, 16), "f32", "weight"), Tensor("k", (width,), "f32", "weight")]
+    tensors.append(Tensor("s", ("N", width, 16), "f32", "state"))
+    call = case(SelectiveScan(site="s", **names, out="y"), tensors, batch_of([(1, 1)] * 3), "")
+    assert 0.99 < compare_kernel(target(chip), call).ratio < 1.01
+
+
+def test_an_indexer_multiplies_while_the_lanes_sum_and_choose() -> None:
+    """The closed form kept an accumulator until the keys were chosen, and was 10 % slower than the machine."""
+    op = ChooseKeys(site="c", q="q", weights="w", cache="k", chosen="c", heads=4, top=418)
+    tensors = [temp("q", 4 * 64), temp("w", 4), Tensor("k", ("P", "B", 1, 64), "bf16", "state")]
+    assert 0.99 < compare_kernel(target("trainium2"), case(op, tensors, batch_of([(14, 1820)]), "")).ratio < 1.01
+
+
+def test_a_loop_that_just_outgrows_the_l2_waits_for_its_last_tiles() -> None:
+    """On an L40S, 77.8 MB outgrow an L2 of 76.8 MB: some last tiles miss. The closed form was 8 % off."""
+    op = Norm(site="n", x="x", weight="w", out="y", norm="rms", eps=1e-6, residual="r")
+    tensors = [temp("x", 3168), temp("r", 3168), Tensor("w", (3168,), "bf16", "weight")]
+    assert 0.95 < compare_kernel(target("l40s"), case(op, tensors, batch_of([(2047, 0)]), "")).ratio < 1.05
+
+
+def test_a_decay_with_one_tile_computes_while_it_stores() -> None:
+    """On an MI300X, whose cores have room for one tile of each result, the closed form was 9 % slower."""
+    op = Decay(site="d", x="x", rate="r", bias="b", step="s", decay="d")
+    tensors = [temp("x", 6656), Tensor("r", (104,), "f32", "weight"), Tensor("b", (6656,), "f32", "weight")]
+    assert 0.99 < compare_kernel(target("mi300x"), case(op, tensors, batch_of([(602, 0)]), "")).ratio < 1.01
+
+
+def test_neighbouring_jobs_share_lines_of_a_state() -> None:
+    """Cores that load different numbers of lines do not keep in step. The closed form was 16 % off on an L40S."""
+    op = ShortConv(site="c", x="x", w="w", state="s", out="y")
+    tensors = [temp("x", 7248), Tensor("w", (7248, 3), "f32", "weight"), Tensor("s", ("N", 2, 7248), "f32", "state")]
+    assert 0.98 < compare_kernel(target("l40s"), case(op, tensors, batch_of([(1, 1)] * 131), "")).ratio < 1.02
 
 
 def test_indices_of_an_embedding_fit_beside_its_tiles() -> None:

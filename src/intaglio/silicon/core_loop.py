@@ -7,8 +7,9 @@ and every tile in the L2. Transfers in flight share the rates of L2 and HBM equa
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,8 @@ class Transfer:
         place: key of the tile that it moves, under which the L2 holds the tile. None: the L2 does not hold it, because
             the tile's rows are addressed by index.
         writes: True for a store.
+        lines: bytes of the L2's lines that the tile alone touches, as the L2 moves whole lines. None: `bytes`.
+        edges: keys of the other lines that it touches, which have bytes of other tiles too.
         latency_s: seconds from the end of the transfer until its result can be used.
         ready: for a load, the time when the L2 has the whole tile; 0.0 for a store.
         end: the time when the transfer ends.
@@ -36,6 +39,8 @@ class Transfer:
     bytes: float
     place: Hashable | None = None
     writes: bool = False
+    lines: float | None = None
+    edges: Sequence[Hashable] = ()
     latency_s: float = 0.0
     ready: float = 0.0
     end: float = 0.0
@@ -79,15 +84,18 @@ class TilesInL2(RandomL2):
         if x.place is None or not self.capacity:
             x.latency_s = 0.0 if x.writes else self.latency_s
             return x.bytes
-        size, ready = self.left(x.place), self.tiles.get(x.place, (0.0, 0.0, 0.0))[2]
-        missed = max(0.0, x.bytes - size)
+        ready = max(self.tiles.get(key, (0.0, 0.0, 0.0))[2] for key in (x.place, *x.edges))
+        size, touched = self.left(x.place), x.bytes if x.lines is None else x.lines
+        missed = max(0.0, touched - size) + sum(LINE - self.left(key) for key in x.edges)
         missed = missed if missed > LINE / 2 else 0.0  # less than a line: probably none
         if missed and not x.writes:
-            x.latency_s, ready = self.latency_s * missed / x.bytes, max(ready, now + self.latency_s)
+            x.latency_s, ready = self.latency_s * min(1.0, missed / x.bytes), max(ready, now + self.latency_s)
         x.ready = 0.0 if x.writes else ready
         written = self.insert(missed)
-        self.dirty = min(self.held, self.dirty + x.bytes * x.writes)
-        self.tiles[x.place] = max(size, x.bytes), self.evicted, ready
+        self.dirty = min(self.held, self.dirty + touched * x.writes)
+        self.tiles[x.place] = max(size, touched), self.evicted, ready
+        for key in x.edges:
+            self.tiles[key] = LINE, self.evicted, ready
         return written + (0.0 if x.writes else missed)
 
     def left(self, place: Hashable) -> float:
@@ -154,25 +162,56 @@ class CoreLoop:
                 heapq.heappush(self.waiting, (x.start, engine, x))
 
 
+class Move(NamedTuple):
+    """A load or store of a Step. The attributes are those of Transfer."""
+
+    bytes: float
+    place: Hashable | None = None
+    lines: float | None = None
+    edges: Sequence[Hashable] = ()
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a core's loop: the core loads tiles, computes on them, and stores results.
 
     Attributes:
-        loads: (bytes, key of the tile in the L2) for each load; see Transfer.place.
+        loads: the loads, in order.
         array_s: seconds of the matrix array. They start when the result of the last load can be used.
         lanes_s: seconds of the vector lanes, which start after the matrix array has ended.
-        stores: (bytes, key of the tile in the L2) for each store. Stores start after the vector lanes have ended.
-        fill_s: seconds in which the load engine sets tiles to a constant before the first load.
+        stores: the stores, in order. They start after the vector lanes have ended.
+        fill_s: seconds in which the load engine sets tiles to a constant.
         in_place: True if the stores read the tiles that were loaded. These tiles are then free only after the stores.
+        early_s: seconds of the vector lanes for what they compute from the first `early` loads alone, before the rest.
+        early: number of these loads.
+        begins: True for the first step of a job whose first `early` loads, and whose fill, go to rings of `depth` tiles
+            for each job. They wait for the job `depth` places before: the loads until it is computed, the fill until it
+            is stored. The other loads wait for the step `depth` places before. False: all wait for that step.
+        fill_at: number of loads before the fill.
+        late_fill_s: seconds in which the load engine sets a tile to a constant that the step before reads, and so waits
+            until that step is computed. It does so after the other fill.
+        drain_s: the first part of lanes_s, after which the array may overwrite the accumulator. 0: all of lanes_s.
     """
 
-    loads: tuple[tuple[float, Hashable | None], ...] = ()
+    loads: tuple[Move, ...] = ()
     array_s: float = 0.0
     lanes_s: float = 0.0
-    stores: tuple[tuple[float, Hashable | None], ...] = ()
+    stores: tuple[Move, ...] = ()
     fill_s: float = 0.0
     in_place: bool = False
+    early_s: float = 0.0
+    early: int = 0
+    begins: bool = False
+    fill_at: int = 0
+    late_fill_s: float = 0.0
+    drain_s: float = 0.0
+
+
+def until(times: Sequence[float], number: int) -> Generator[None, None, float]:
+    """Yield None until times[number] is known, and return it. Below 0 the time is 0.0."""
+    while len(times) <= number:
+        yield None
+    return times[number] if number >= 0 else 0.0
 
 
 @dataclass
@@ -183,6 +222,7 @@ class _Steps:
         steps: the steps in order.
         depth: number of tiles in each ring of buffers. The loads of a step wait until the tiles of the step `depth`
             places before it are free. Its vector lanes wait until the results of that step are stored.
+        early: for each step so far, the time when the tiles of its first step.early loads have come.
         loaded: for each step so far, the time when its tiles have come.
         freed: for each step so far, the time when its tiles can be overwritten, unless its stores read them.
         computed: for each step so far, the time when the vector lanes have ended.
@@ -191,6 +231,7 @@ class _Steps:
 
     steps: Sequence[Step]
     depth: int
+    early: list[float] = field(default_factory=list)
     loaded: list[float] = field(default_factory=list)
     freed: list[float] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
@@ -199,17 +240,28 @@ class _Steps:
     def loads(self) -> Program:
         """Yield each load of the core as a Transfer. Yields None while the next load waits for a free tile."""
         now = visible = 0.0
+        ends = list[int]()  # numbers of the steps with stores: the last of each job
         for i, step in enumerate(self.steps):
-            freed = self.stored if step.in_place else self.freed
-            while len(freed) <= i - self.depth:
-                yield None
-            now = max(now, freed[i - self.depth] if i >= self.depth else 0.0) + step.fill_s
-            visible = max(visible, now)
-            for size, place in step.loads:
-                x = Transfer(now, size, place)
-                yield x
-                now, visible = x.end, max(visible, x.visible)
-            self.loaded.append(visible)
+            before, freed = i - self.depth, self.stored if step.in_place else self.freed
+            job = ends[-self.depth] if len(ends) >= self.depth else -1
+            now = max(now, (yield from until(self.freed, job) if step.begins else until(freed, before)))
+            for number in range(len(step.loads) + 1):
+                if number == step.fill_at and (step.fill_s or step.late_fill_s):
+                    now = max(now, (yield from until(self.stored, job))) if step.begins else now
+                    now += step.fill_s
+                    if step.late_fill_s:
+                        now = max(now, (yield from until(self.computed, i - 1))) + step.late_fill_s
+                    visible = max(visible, now)
+                if number == step.early:
+                    self.early.append(visible)
+                    now = max(now, (yield from until(freed, before))) if step.begins else now
+                if number < len(step.loads):
+                    move = step.loads[number]
+                    x = Transfer(now, move.bytes, move.place, lines=move.lines, edges=move.edges)
+                    yield x
+                    now, visible = x.end, max(visible, x.visible)
+            self.loaded.append(max(visible, now))
+            ends += [i] * bool(step.stores)
 
     def compute(self) -> Program:
         """Record when each step is computed. Yields None while the next step waits for its loads or for earlier stores.
@@ -217,11 +269,18 @@ class _Steps:
         There are two accumulators, so that the matrix array fills one while the vector lanes read the other.
         """
         array = lanes = 0.0
+        drained = list[float]()  # when the lanes had read the accumulator of each step
         for i, step in enumerate(self.steps):
+            if step.early_s:
+                while len(self.early) <= i:
+                    yield None
+                lanes = max(lanes, self.early[i]) + step.early_s
             while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
                 yield None
-            array = max(array, self.loaded[i], self.computed[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
-            lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0) + step.lanes_s
+            array = max(array, self.loaded[i], drained[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
+            lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0)
+            drained.append(lanes + (step.drain_s or step.lanes_s))
+            lanes += step.lanes_s
             self.freed.append(array if step.array_s else lanes)
             self.computed.append(lanes)
 
@@ -232,8 +291,8 @@ class _Steps:
             while len(self.computed) <= i:
                 yield None
             now = max(now, self.computed[i])
-            for size, place in step.stores:
-                x = Transfer(now, size, place, writes=True)
+            for move in step.stores:
+                x = Transfer(now, move.bytes, move.place, writes=True, lines=move.lines)
                 yield x
                 now = x.end
             self.stored.append(now)

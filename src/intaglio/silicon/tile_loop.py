@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import inf
+from math import inf, sqrt
+from statistics import NormalDist
 
 from intaglio.chips import Target
 from intaglio.silicon.cache import LINE
@@ -20,9 +21,11 @@ FOLLOWED = 4  # depths of the ring after which a loop repeats itself; of a longe
 # Of loops that outgrow the L2:
 SETTLED = 6  # times the rounds that the L2 holds; from there on nearly all loads miss, and a round takes equally long
 GRID = 6  # loops are followed for numbers of rounds that grow by a part 1 / GRID
+FINER = 8  # parts between two of these numbers, for loops for which the last tiles matter
 PARTLY = 24  # rounds; of a shorter loop, parts of the last round are followed too
 MOST_ROUNDS = 600  # that the L2 holds; of a longer loop, a part is followed
-AHEAD = 0.5  # part of HBM's latency in which other cores have its bandwidth, see _Core.rates(); as in the simulator
+AHEAD = 0.5  # part of the time in which a core waits, and others have its bandwidth, see _Core.saved_s()
+SPREAD = 2.0  # standard deviations of the cores' times that lie between those that wait and those that transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,9 @@ class TileLoop:
         one_ring: True if all pieces use the same `depth` buffers in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
         loads: number of load instructions of a piece.
+        loaded: of each piece, the part of the job's bytes that it loads, if not that of `pieces`. A piece that loads
+            nothing computes from what the pieces before it have loaded.
+        worked: of each piece, the part of work_s that it computes; (): each piece computes work_s.
     """
 
     jobs: int
@@ -64,6 +70,8 @@ class TileLoop:
     one_ring: bool = False
     wait_s: float = 0.0
     loads: int = 1
+    loaded: tuple[float, ...] = ()
+    worked: tuple[float, ...] = ()
 
     def seconds(self, target: Target) -> float:
         """Returns the modelled seconds from the first load to the last store, without launch overhead."""
@@ -83,8 +91,9 @@ class TileLoop:
         The seconds are from the first load to the last store, without launch overhead. A model of the L2 decides which
         accesses miss; load_missed and store_missed are not used.
 
-        A loop that exceeds the L2 is simulated only for the numbers of jobs that followed_jobs() lists. For a number
-        between two of these the result is interpolated, so that more jobs never take less time.
+        A loop that exceeds the L2 is simulated only for some numbers of jobs: those that followed_jobs() lists, and
+        FINER times as many if it is short or just exceeds the L2. For a number between two of these the result is
+        interpolated, so that more jobs never take less time.
 
         source: where the operands are before the loop; see the class L2.
         """
@@ -107,6 +116,14 @@ class TileLoop:
             if jobs >= self.jobs:
                 break
         (low, low_s, low_bytes), (high, high_s, high_bytes) = points[-2:]
+        if k == 1 and high >= self.jobs and low < max(PARTLY * cores, kept * (1 + 1 / GRID)):
+            for jobs in sorted({low + (high - low) * n // FINER for n in range(1, FINER)} - {low}):
+                seconds, moved = evicting(one, target, source, jobs, 1)
+                point = jobs, min(max(seconds, low_s), high_s), min(max(moved, low_bytes), high_bytes)
+                if jobs >= self.jobs:
+                    high, high_s, high_bytes = point
+                    break
+                low, low_s, low_bytes = point
         now, before, after = (usual(jobs) for jobs in (self.jobs, low, high))
         share = (self.jobs - low) / (high - low)
         part = (now - before) / (after - before) if after > before else share
@@ -149,7 +166,11 @@ def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) 
     """
     capacity = target.chip.l2_bytes * target.library.l2_usable / k
     core = _Core(loop, target, *divmod(jobs, target.chip.cores), L2(jobs * loop.load, capacity, source))
-    return core.run(), core.hbm_bytes
+    seconds = core.run()
+    full, rest = divmod(jobs, target.chip.cores)
+    if full and 0 < rest < target.chip.cores // 4:
+        seconds = max(seconds, _Core(loop, target, full, 0, L2(jobs * loop.load, capacity, source)).run())
+    return seconds, core.hbm_bytes
 
 
 class _Core:
@@ -169,10 +190,46 @@ class _Core:
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int, l2: L2 | None = None) -> None:
         self.loop, self.target, self.full, self.rest, self.l2 = loop, target, full, rest, l2
         self.count = (full + (rest > 0)) * len(loop.pieces)
+        self.loads = loop.loads if l2 else 1  # of a job; without misses they take as long as one
         self.hbm_bytes = 0.0  # of all cores, counted if there is an L2
-        # Tiles with a missed line, as a sum of probabilities, less those that were late. The slowest core counts: one
-        # core in chip.cores has a first missed line sooner than others
-        self.late_tiles = 1 - 1 / target.chip.cores
+        # The numbers of lines that miss are random, and the slowest core counts: that of these which has most
+        slowest = rest or target.chip.cores
+        # Tiles with a missed line, as a sum of probabilities, less those that were late: one core of the slowest ones
+        # has a first missed line sooner than others
+        self.late_tiles = 1 - 1 / slowest
+        self.variance = 0.0  # of the lines that HBM has moved for a core
+        self.deviations = NormalDist().inv_cdf((slowest - 0.375) / (slowest + 0.25)) if slowest > 1 else 0.0
+        self.waited = 0.0  # seconds in which the core loaded nothing before its latest job
+
+    def excess(self, users: int, size: float, missed: float, written: float) -> float:
+        """Bytes that HBM moves for a transfer of the slowest core, in addition to the mean of the cores.
+
+        The lines that miss the L2, and the lines among those evicted that are dirty, are random. The largest sum of
+        them is some standard deviations above the mean. With a single tile a core that is late has the bandwidth of
+        the cores that wait, so there is no excess.
+
+        Args:
+            users: number of cores that make the transfer.
+            size: bytes of the transfer of one core.
+            missed: fraction of the bytes that miss; 1 for a store, 0 if the L2 holds its lines.
+            written: bytes that HBM writes for all of these cores.
+        """
+        lines, before = size / LINE, self.variance
+        dirty = min(1.0, written / (users * size * missed)) if missed else 0.0
+        self.variance += lines * missed * (1 - missed + dirty * (1 - dirty))
+        return LINE * self.deviations * (sqrt(self.variance) - sqrt(before)) if self.loop.depth > 1 else 0.0
+
+    def saved_s(self, share: float) -> float:
+        """Seconds that a load takes less than if all cores loaded at the same time. share: bytes/s of HBM for a core.
+
+        Misses are random, so cores drift apart. While one waits, others have its bandwidth: the more, the further they
+        are apart. Cores with a single tile wait after every load, and so are apart from the first round on.
+        """
+        if self.l2 is None or self.l2.source != "l2":
+            return 0.0
+        apart_s = SPREAD * sqrt(self.variance) * LINE / share
+        least = AHEAD if self.loop.depth == 1 else 0.0
+        return max(least * self.waited, min(self.waited, apart_s)) / self.loads
 
     def active(self, job: int) -> int:
         """Returns the number of cores that execute a job with the number `job`: all that have more than `job` jobs."""
@@ -182,18 +239,26 @@ class _Core:
         """Returns the size of job number `job` as a fraction of a whole job of the TileLoop."""
         return self.loop.pieces[job % len(self.loop.pieces)]
 
-    def begin_load(self, job: int) -> _Flow:
-        """Returns a new transfer: the load of job number `job`. It is recorded in self.l2, if there is one."""
+    def loaded(self, job: int) -> float:
+        """Returns the part of a whole job's bytes that job number `job` loads."""
+        return (self.loop.loaded or self.loop.pieces)[job % len(self.loop.pieces)]
+
+    def begin_load(self, job: int, number: int) -> _Flow:
+        """Returns a new transfer: a load of job number `job`. It is recorded in self.l2, if there is one.
+
+        number: which of the job's self.loads load instructions it is, from 0.
+        """
         loop, users = self.loop, self.active(job)
-        own = loop.load * self.piece(job)
-        size = own + (0 if job else loop.once)
+        own = loop.load * self.loaded(job) / self.loads
+        size = own + (0 if job or number else loop.once)
         if self.l2 is None:
             return _Flow(size, users, loop.load_missed, loop.load_missed)
         missed, moved = self.l2.load(users * own)  # what cores load once is always there
         self.hbm_bytes += moved
-        self.late_tiles += 1 - (1 - missed) ** (own / loop.loads / LINE)
+        self.late_tiles += 1 - (1 - missed) ** (own / LINE)
         late = self.late_tiles >= 1
         self.late_tiles -= late
+        moved += users * self.excess(users, own, missed, moved - missed * users * own)
         return _Flow(size, users, moved / (users * size), missed, late)
 
     def begin_store(self, job: int) -> _Flow:
@@ -203,6 +268,7 @@ class _Core:
             return _Flow(size, users, self.loop.store_missed)
         written = self.l2.store(users * size)
         self.hbm_bytes += written
+        written += users * self.excess(users, size, float(written > 0), written)
         return _Flow(size, users, written / (users * size))
 
     def rates(self, load: _Flow | None, store: _Flow | None) -> tuple[float, float]:
@@ -220,11 +286,10 @@ class _Core:
         def of(flow: _Flow | None) -> float:
             if flow is None:
                 return 0.0
-            hbm_s = flow.size * flow.missed / share
-            # Misses are random, so cores with a single tile have HBM's bandwidth while others wait for its latency
-            if self.l2 is not None and self.l2.source == "l2" and loop.depth == 1:
-                hbm_s -= AHEAD * chip.constants.hbm_latency_s * flow.part
-            return min(rate, flow.size / hbm_s) if hbm_s > 0 else rate
+            seconds = max(flow.size / rate, flow.size * flow.missed / share)
+            if flow is load and self.waited:
+                seconds = max(flow.size / chip.port_rate, seconds - self.saved_s(share))
+            return flow.size / seconds
 
         return of(load), min(of(store), loop.store / loop.store_s) if loop.store_s else of(store)
 
@@ -235,6 +300,7 @@ class _Core:
         latency_s = self.target.chip.constants.hbm_latency_s
         next_load = next_work = next_store = 0  # number of the next job of each engine
         visible: list[float] = []  # when the tile of each loaded job can be used
+        part, arrives, idle = 0, 0.0, 0.0  # loads of the next job so far, when they come, and when the last ended
         load_left = store_left = 0.0  # bytes of the transfers that run; 0 if none does
         load: _Flow | None = None
         store: _Flow | None = None
@@ -248,13 +314,16 @@ class _Core:
                 store_left, next_store, changed = store.size, next_store + 1, True
             if load is None and next_load < count:
                 free = stored if loop.in_place else read
-                if next_load < depth or free > next_load - depth:
-                    load = self.begin_load(next_load)
-                    load_left, next_load, changed, began = load.size, next_load + 1, True, now
+                if part or next_load < depth or free > next_load - depth:
+                    if not part and loop.depth > 1:
+                        self.waited = now - idle
+                    load = self.begin_load(next_load, part)
+                    load_left, part, changed, began = load.size, part + 1, True, now
             ready = next_work < len(visible) and visible[next_work] <= now
             room = loop.in_place or next_work < depth or stored > next_work - depth
             if work_ends == inf and ready and room:
-                work_ends, read_ends = now + loop.work_s, now + (loop.read_s or loop.work_s)
+                share = loop.worked[next_work % len(loop.pieces)] if loop.worked else 1.0
+                work_ends, read_ends = now + share * loop.work_s, now + share * (loop.read_s or loop.work_s)
                 next_work += 1
             if changed:
                 load_rate, store_rate = self.rates(load, store)
@@ -267,11 +336,16 @@ class _Core:
             store_left -= (then - now) * store_rate
             now = then
             if load_ends <= now and load is not None:
-                arrives = now + max(loop.wait_s, latency_s * min(1.0, load.part))
-                # A missed line comes HBM's latency after the start of the last of the tile's loads
-                arrives = max(arrives, now - (now - began) / loop.loads + latency_s) if load.late else arrives
-                visible.append(max(arrives, visible[-1]) if visible else arrives)  # in order
+                arrives = max(arrives, now + max(loop.wait_s, latency_s * min(1.0, load.part)))  # in order
+                arrives = max(arrives, began + latency_s) if load.late else arrives
                 load, changed = None, True
+                if part == self.loads:
+                    idle, self.waited = now, arrives - now
+                    visible.append(arrives)
+                    next_load, part = next_load + 1, 0
+                    if next_load < count and not self.loaded(next_load):
+                        visible.append(arrives)
+                        next_load += 1
             if read_ends <= now:
                 read, read_ends = read + 1, inf
             if work_ends <= now:

@@ -80,6 +80,16 @@ class DecayKernel(RowsKernel):
     def cycles(self, chip: ChipSpec, n: int) -> float:
         return sum(map_cycles(chip, steps, n) for steps in (*self.steps(), self.decay()))
 
+    def pieces(self) -> tuple[float, ...]:
+        return 0.5, 0.5  # step sizes, then log decays
+
+    def loaded(self) -> tuple[float, ...]:
+        return 1.0, 0.0
+
+    def worked(self, chip: ChipSpec) -> tuple[float, ...]:
+        first = sum(map_cycles(chip, steps, 1) for steps in self.steps()) / self.cycles(chip, 1)
+        return first, 1 - first
+
     def load_bytes(self, library: KernelLibrary) -> float:
         return float(self.width * library.activation_bytes)
 

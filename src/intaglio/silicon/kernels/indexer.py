@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -14,7 +14,7 @@ from intaglio.chips import Target
 from intaglio.ops import ChooseKeys, Op
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
-from intaglio.silicon.core_loop import Step, TilesInL2, steps_seconds
+from intaglio.silicon.core_loop import Move, Step, TilesInL2, steps_seconds
 from intaglio.silicon.isa.cycles import choose_cycles, matmul_cycles, vector_cycles
 from intaglio.silicon.isa.vector import map_cycles
 from intaglio.silicon.kernels.attend_tiles import deal
@@ -57,6 +57,11 @@ class IndexJob:
     rows: slice
     position: int
     entries: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(sequence, position), which tell the job from others."""
+        return self.sequence, self.position
 
 
 @chip_kernel(ChooseKeys)
@@ -125,17 +130,17 @@ class ChooseKeysKernel(WorkKernel):
         l2 = TilesInL2.of(target)
         dealt = self.jobs(target, plan, sequences)
         for job in sorted((job for mine in dealt for job in mine), key=lambda job: (job.sequence, job.position)):
-            for size, place in self.query_loads(job):
-                l2.hold(place, size)
+            for move in self.query_loads(job):
+                l2.hold(move.place, move.bytes)
         cores = [[step for job in mine for step in self.steps(target, plan, job)] for mine in dealt]
         seconds = target.library.launch_s + steps_seconds(target.chip, l2, cores, depth=2)
         return Timing(seconds, timing.busy, timing.hbm_bytes, timing.l2_bytes, flops=timing.flops)
 
-    def query_loads(self, job: IndexJob) -> list[tuple[float, Hashable]]:
-        """Returns a list of two loads, (bytes, name in the L2 model) each: the job's queries, and their weights."""
+    def query_loads(self, job: IndexJob) -> list[Move]:
+        """Returns a list of two loads: the job's queries, and their weights."""
         heads, d, _ = self.sizes
         n = job.rows.stop - job.rows.start
-        return [(float(n * heads * size * WIDE), (size, job.sequence, job.position)) for size in (d, 1)]
+        return [Move(float(n * heads * size * WIDE), (size, *job.place)) for size in (d, 1)]
 
     def steps(self, target: Target, plan: ChoosePlan, job: IndexJob) -> Iterator[Step]:
         """Yields the Steps of a job for the time model, one for each tile of keys.
@@ -147,26 +152,28 @@ class ChooseKeysKernel(WorkKernel):
         n, hz = job.rows.stop - job.rows.start, target.chip.clock_hz
         fill = n * top * 8 / chip.sram_bytes_per_cycle / hz
         scored = job.entries > top
-        first, last = self.query_loads(job) if scored else [], (n * top * 4.0, ("chosen", job.sequence, job.position))
+        first, last = self.query_loads(job) if scored else [], Move(n * top * 4.0, ("chosen", *job.place))
         if not job.entries:
-            yield Step(stores=(last,), fill_s=fill)
+            yield Step(stores=(last,), fill_s=fill, begins=True)
         for part in slices(job.entries, plan.scores):
             choose = float(choose_cycles(chip, n, part.stop - part.start, top)) / hz
-            if not scored:
-                fill += n * (part.stop - part.start) * 4 / chip.sram_bytes_per_cycle / hz
+            zeros = 0.0 if scored else n * (part.stop - part.start) * 4 / chip.sram_bytes_per_cycle / hz
             for keys in slices(part.stop - part.start, plan.keys if scored else plan.scores):
                 count, ends = keys.stop - keys.start, part.start + keys.stop == part.stop
                 values = n * heads * count
-                lanes = map_cycles(chip, postfix(f"relu(a * {self.op.scale!r})"), values) + float(
-                    vector_cycles(chip, 2 * values)
-                )
-                tile = (count * d * width, ("keys", job.sequence, part.start + keys.start))
+                drain = map_cycles(chip, postfix(f"relu(a * {self.op.scale!r})"), values)
+                lanes = drain + float(vector_cycles(chip, 2 * values))
+                tile = Move(count * d * width, ("keys", job.sequence, part.start + keys.start))
                 yield Step(
                     (*first, tile) if scored else (),
                     float(matmul_cycles(target, n * heads, count, d, "f32")) / hz if scored else 0.0,
                     (lanes / hz if scored else 0.0) + choose * ends,
                     (last,) if ends and part.stop == job.entries else (),
                     fill,
+                    early=len(first),
+                    begins=fill > 0,
+                    late_fill_s=zeros,
+                    drain_s=drain / hz if scored else 0.0,
                 )
                 first, fill = [], 0.0
 

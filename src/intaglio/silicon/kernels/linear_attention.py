@@ -58,6 +58,11 @@ class LinearAttentionKernel(SequenceKernel):
         most = super().columns(target, sequences)
         return max(n for n in range(1, self.values + 1) if self.values % n == 0 and (n <= most or n == 1))
 
+    def state_starts(self, columns: slice, sequence: int) -> list[int]:
+        head, at = divmod(columns.start, self.values)
+        first = (sequence * self.width // self.values + head) * self.state_rows
+        return [4 * (row * self.values + at) for row in range(first, first + self.state_rows)]
+
     def result(self) -> Steps:
         """Returns the expression, in postfix form, that a Map instruction evaluates to compute the op's result.
 

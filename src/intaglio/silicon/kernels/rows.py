@@ -117,6 +117,14 @@ class RowsKernel(ChipKernel):
         """
         return (1.0,)
 
+    def loaded(self) -> tuple[float, ...]:
+        """Part of a job's bytes that each piece loads, if not that of pieces(); see TileLoop.loaded."""
+        return ()
+
+    def worked(self, chip: ChipSpec) -> tuple[float, ...]:
+        """Part of a job's cycles that each piece computes; see TileLoop.worked. The base class returns ()."""
+        return ()
+
     def in_runs(self) -> bool:
         """True if each core gets consecutive rows, and first loads their indices; False if rows are dealt in turn.
 
@@ -177,6 +185,7 @@ class RowsKernel(ChipKernel):
             jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
             read_s=read / target.chip.clock_hz, depth=self.depth(target), in_place=self.in_place,
             once=self.vector_bytes + gathers * INDEX_BYTES, pieces=self.pieces(), wait_s=self.wait_s(target),
+            loaded=self.loaded(), worked=self.worked(target.chip),
             loads=max(1, (self.operands - 1) // len(self.pieces())),
         )  # fmt: skip
         return loop_timing(target, loop, self.source)

@@ -34,7 +34,8 @@ class SelectiveScanKernel(SequenceKernel):
     @classmethod
     def of(cls, op: SelectiveScan, t: Tensors) -> Self:  # type: ignore[override]
         width, n = (int(d) for d in t[op.rate].shape)
-        return cls.made(op, t, width=width, operands=2, vectors=n + 1, state_rows=n, cold=n, shared=2 * n)
+        sizes = {"width": width, "operands": 2, "vectors": n + 1, "state_rows": n, "cold": n, "shared": 2 * n}
+        return cls.made(op, t, **sizes, transposed=True)
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
         values, states = rows * columns, rows * columns * self.state_rows

@@ -14,7 +14,8 @@ from typing import Any, Self
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec, Target
 from intaglio.ops import Op
-from intaglio.silicon.core_loop import Step, TilesInL2, steps_seconds
+from intaglio.silicon.cache import LINE
+from intaglio.silicon.core_loop import Move, Step, TilesInL2, steps_seconds
 from intaglio.silicon.kernels.attend_tiles import deal
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
 from intaglio.silicon.kernels.kernel import WIDE, Tensors, WorkKernel
@@ -65,6 +66,7 @@ class SequenceKernel(WorkKernel):
         overlap: number of rows before a block of rows that are loaded again with the block.
         cold: how many of `vectors` come from HBM: those of a weight with several rows, which is not in the L2 before.
         shared: number of values of a row that every job of a sequence loads, whatever its columns.
+        transposed: True if the state is [width, state_rows] in HBM, so that each of its rows is moved by itself.
     """
 
     width: int
@@ -74,6 +76,7 @@ class SequenceKernel(WorkKernel):
     overlap: int = 0
     cold: int = 0
     shared: int = 0
+    transposed: bool = False
 
     @classmethod
     def made(cls, op: Op, t: Tensors, **fields: Any) -> Self:
@@ -160,23 +163,24 @@ class SequenceKernel(WorkKernel):
         dealt, l2 = self.dealt(target, [q for q, _ in sequences]), TilesInL2.of(target)
         for s, columns in sorted((job for mine in dealt for job in mine), key=lambda job: (job[0], job[1].start)):
             for block in slices(sequences[s][0], BLOCK):
-                for size, place in self.block_loads(s, columns, block):
-                    l2.hold(place, size)
+                for move in self.block_loads(s, columns, block):
+                    l2.hold(move.place, move.bytes)
             l2.hold(("vectors", columns.start), 4.0 * (self.vectors - self.cold) * (columns.stop - columns.start))
         cores = [[step for s, c in mine for step in self.steps(target, s, c, *sequences[s])] for mine in dealt]
         most = max(c.stop - c.start for mine in dealt for _, c in mine)
         depth = self.depth(target, most, max(q for q, _ in sequences))
         return replace(work, seconds=target.library.launch_s + steps_seconds(target.chip, l2, cores, depth))
 
-    def block_loads(self, sequence: int, columns: slice, block: slice) -> list[tuple[float, Hashable]]:
-        """Returns a list of the loads of one block of rows, each as (bytes, name in the L2 model).
+    def block_loads(self, sequence: int, columns: slice, block: slice) -> list[Move]:
+        """Returns a list of the loads of one block of rows.
 
         block: the rows, counted from the sequence's first row. columns: the job's columns.
         """
         rows, at = block.stop - block.start, (sequence, block.start)
         overlap = self.overlap if block.start else 0
         size = 4.0 * self.operands * (rows + overlap) * (columns.stop - columns.start)
-        return [(size, ("x", *at, columns.start)), *([(4.0 * self.shared * rows, ("shared", *at))] * bool(self.shared))]
+        shared = [Move(4.0 * self.shared * rows, ("shared", *at))] if self.shared else []
+        return [Move(size, ("x", *at, columns.start)), *shared]
 
     def steps(self, target: Target, sequence: int, columns: slice, rows: int, kept: bool) -> Iterator[Step]:
         """Yields the Steps of a job for the time model, one for each block of rows.
@@ -190,18 +194,58 @@ class SequenceKernel(WorkKernel):
         """
         chip, n, blocks = target.chip, columns.stop - columns.start, slices(rows, BLOCK)
         hz, state = chip.clock_hz, 4.0 * self.state_rows * n
-        loads = list[tuple[float, Hashable | None]]()
-        loads += [(4.0 * self.cold * n, ("weights", columns.start))] if self.cold else []
+        loads = by_columns(n, self.cold, ("weights", columns.start))
         warm = 4.0 * (self.vectors - self.cold) * n
-        loads += [(warm, ("vectors", columns.start))] if warm else []
-        loads += [(state, ("state", sequence, columns.start))] if kept else []
+        loads += [Move(warm, ("vectors", columns.start))] if warm else []
+        early = len(loads)
+        if kept:
+            loads += self.state_moves(columns, sequence, "state")
         fill = 0.0 if kept else state / chip.sram_bytes_per_cycle / hz
-        cycles = self.first_cycles(chip, n)
+        first_s, begins = self.first_cycles(chip, n) / hz, True
         for block in blocks:
             m = block.stop - block.start
-            stores: list[tuple[float, Hashable | None]] = [(4.0 * m * n, ("y", sequence, block.start, columns.start))]
-            stores += [(state, ("new state", sequence, columns.start))] if block.stop == rows else []
-            cycles += self.cycles(chip, m, n)
+            stores = [Move(4.0 * m * n, ("y", sequence, block.start, columns.start))]
+            if block.stop == rows:
+                stores += self.state_moves(columns, sequence, "new state")
             loads += self.block_loads(sequence, columns, block)
-            yield Step(tuple(loads), 0.0, float(cycles) / hz, tuple(stores), fill, in_place=len(blocks) == 1)
-            loads, cycles, fill = [], 0.0, 0.0
+            lanes_s = float(self.cycles(chip, m, n)) / hz
+            yield Step(tuple(loads), 0.0, lanes_s, tuple(stores), fill, len(blocks) == 1, first_s, early, begins, early)
+            loads, early, first_s, fill, begins = [], 0, 0.0, 0.0, False
+
+    def state_moves(self, columns: slice, sequence: int, which: str) -> list[Move]:
+        """The loads or stores of a job's state, in HBM in order of the sequences.
+
+        which: name of the state, that before or after the step.
+        """
+        n, place = columns.stop - columns.start, (which, sequence, columns.start)
+        if self.transposed:
+            return by_columns(n, self.state_rows, place)
+        inner, edges = 0, list[Hashable]()
+        for start in self.state_starts(columns, sequence):
+            first, last = start // LINE, (start + 4 * n - 1) // LINE
+            shared = {first} if start % LINE else set()
+            shared |= {last} if (start + 4 * n) % LINE else set()
+            inner += last + 1 - first - len(shared)
+            edges += [(which, line) for line in sorted(shared)]
+        return [Move(4.0 * self.state_rows * n, place, float(LINE * inner), edges)]
+
+    def state_starts(self, columns: slice, sequence: int) -> list[int]:
+        """Byte at which each row of a job's state begins in the states of all sequences."""
+        first = sequence * self.state_rows
+        return [4 * (row * self.width + columns.start) for row in range(first, first + self.state_rows)]
+
+
+def by_columns(rows: int, columns: int, place: Hashable) -> list[Move]:
+    """The loads, or the stores, of the columns of an FP32 matrix [rows, columns] without gaps, one after the other.
+
+    A column is scattered over the lines of the L2, each of which has values of several columns. So the first of these
+    columns moves all of their lines between the L2 and HBM, and the others find the lines in the L2.
+
+    place: key of the matrix in the L2.
+    """
+    moves, together = list[Move](), LINE // 4
+    for first in range(0, columns, together):
+        count = min(together, columns - first)
+        key, lines = (place, first), 4.0 * rows * count
+        moves += [Move(4.0 * rows, key, lines), *([Move(4.0 * rows * (count - 1), key, lines)] * (count > 1))]
+    return moves
