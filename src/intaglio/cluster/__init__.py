@@ -1,1 +1,1 @@
-"""A router process before several replicas: HTTP front, replica processes, administration. Placement is in `router`."""
+"""Cluster: the router process before several replicas, with its HTTP front, replica processes and administration."""
