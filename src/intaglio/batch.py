@@ -102,9 +102,9 @@ class Chunk:
         state: (slot that the step reads, slot that the step writes), two numbers of slots of recurrent state. The first
             slot holds the state before `tokens`; it is -1 if `start` is 0, because there is no earlier state. The
             second slot gets the state after `tokens`. (-1, -1) for a model without recurrent state.
-        window_blocks: numbers of the sequence's K/V blocks in the caches of sliding-window layers, in order, at least
-            up to the block of the last of `tokens`. -1 stands for a block that was given back because all its positions
-            have left the window. () if these caches use `blocks`.
+        window_blocks: numbers of the sequence's K/V blocks in the caches of sliding-window layers, in order. The list
+            must reach at least to the block of the last of `tokens`. -1 stands for a block that was given back because
+            all its positions have left the window. (): these caches use `blocks`.
     """
 
     tokens: Sequence[int]
@@ -276,8 +276,8 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     - A chunk has no tokens, or too few K/V blocks or window blocks for its tokens.
     - One of a chunk's `rows` is not an index into its tokens.
     - A chunk has a list of Samplings that is not as long as its list of rows.
-    - A chunk's `state` is wrong. It must be (-1, -1) without recurrent state; with it, (-1, slot) at start 0 and (slot,
-      other slot) at a later start.
+    - A chunk's `state` is wrong. Without recurrent state it must be (-1, -1). With recurrent state it must be (-1,
+      slot) if the chunk starts at position 0, and (slot, other slot) if it starts later.
     - Two tokens have the same K/V slot.
     - Two chunks write the same slot of recurrent state, or a slot is both read and written.
     """
@@ -381,8 +381,9 @@ def _check(i: int, c: Chunk, block_size: int) -> None:
     - It has no tokens, or its positions are outside its blocks.
     - One of its `rows` is not an index into its tokens.
     - It has a list of Samplings that is not as long as its list of rows.
-    - Its `state` is wrong. It must be (-1, -1) without recurrent state; with it, (-1, slot) at start 0 and (slot, slot)
-      at a later start.
+    - Its `state` is wrong. Without recurrent state it must be (-1, -1). With recurrent state it must be (-1, slot) if
+      the chunk starts at position 0, and (slot, slot) if it starts later. Whether the two slots differ is not checked
+      here.
     """
     n = len(c.tokens)
     if n == 0:

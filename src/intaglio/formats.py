@@ -78,10 +78,10 @@ class Format:
         name: the format's name, such as bf16 or int8g128.
         bits: bits of one value or code, without scales.
         group: number of values along a row that share a scale; 0 for plain formats, ROW (-1) for one scale per row.
-        scale_bits: bits that each group adds: its scale, zero and minimum together. In q4_k, q5_k and q6_k also the
-            group's share of the f16 numbers that its block of 256 values stores once.
-        row_bits: bits of a factor that each row stores, by which all scales of the row are multiplied (nvfp4); 0 if
-            there is none.
+        scale_bits: bits of a group besides its codes: scale, zero and minimum together. In q4_k, q5_k and q6_k, each
+            block of 256 values also stores f16 numbers; their bits are divided among the groups of the block.
+        row_bits: bits of a factor that each row stores, by which all scales of the row are multiplied (nvfp4); 0: rows
+            store no factor.
     """
 
     name: str
@@ -263,10 +263,11 @@ class Quantised:
         scales: float32 [N, ceil(K / group)]; `units` are already multiplied into them.
         group: number of values along a row that share a scale.
         zeros: whole numbers, in the shape of `scales`; None if all are 0.
-        minima: float32, in the shape of `scales`; None if all are 0. A format with a bias stores its negative here.
+        minima: float32, in the shape of `scales`; None if all are 0. If a format adds a bias, its minimum is -bias.
         units: None for most formats. In q4_k, q5_k and q6_k float32 [N, K / 256]: each scale is a whole multiple of the
             unit of its 256 values. In nvfp4 float32 [N, 1]: each scale is an E4M3 multiple of the unit of its row.
-        low_units: None, or float32 [N, K / 256]: each minimum is a whole multiple of the unit of its 256 values.
+        low_units: like `units`, for the minima: float32 [N, K / 256], or None. Each minimum is a whole multiple of the
+            low unit of its 256 values.
         format: name of the format; "" if no name describes all arrays.
         turned: True if the matrix is [K, N] and the arrays store its transpose [N, K]. `shape` is then (K, N).
         levels: the codebook, see Format.levels; () if codes are numbers themselves.
@@ -359,8 +360,8 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     - int8 and int4 in groups: of this scale and four scales near it, the scale with the least squared error is taken.
     - fp8: the largest magnitude of a group maps to 448, the largest E4M3 value.
     - mxfp4: the scale is the power of two that brings the largest magnitude into 4..8 (OCP Microscaling Formats 1.0,
-      6.3). Scaled values are rounded to E2M1, at most 6. To be whole numbers, codes are twice the E2M1 values, -12..12;
-      the stored scales are half.
+      6.3). Scaled values are rounded to E2M1, at most 6. Codes are twice the E2M1 values, so that they are whole
+      numbers (-12..12). The stored scales are therefore half of that power of two.
     - q4_k: of several pairs of scale and minimum, the pair with the least squared error, see _q4_k(). K must be a
       multiple of 256.
 
@@ -404,9 +405,10 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
     """The scale with the least squared error for each group, out of five candidates: float32 [n, G].
 
-    In the first candidate (`scales`), the group's value farthest from 0 gets the last code of the format. In the other
-    four candidates, that value comes to lie 1 or 2 steps above or below the last code, in steps of 0.5 (int8) or 0.375
-    (int4). csrc/pack/ computes the same scales, bit for bit.
+    Each candidate follows from a quotient, (the group's value farthest from 0) / scale, and is rounded to bf16. For
+    int8 the magnitude of the quotient is 127 in the first candidate (`scales`), and 126, 126.5, 127.5 and 128 in the
+    others. For int4 the quotient is -8 in the first candidate, and -8.75, -8.375, -7.625 and -7.25 in the others.
+    csrc/pack/ computes the same scales, bit for bit.
 
     Args:
         groups: the values, [n, G, group].

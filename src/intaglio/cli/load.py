@@ -53,15 +53,16 @@ def compile_model(
     model: Path | None, weights: str, kv_format: str, context: int | None, report: list[str], raw: bool = False,
     revision: str | None = None,
 ) -> Program:  # fmt: skip
-    """Returns the Program of a checkpoint: compiled, or if `raw` is True as ported, before the compiler has run.
+    """Returns the compiled Program of a checkpoint. If `raw` is True, the Program is not compiled.
 
     Args:
         model: checkpoint folder, GGUF file or hub id; None: the bundled model.
         weights: format of weights, such as auto or int8.
         kv_format: format of the K/V cache.
         context: largest context length; None: the model's own.
-        report: a list to which one line for each compiler pass is appended, if not `raw`.
-        raw: True to leave the Program as ported.
+        report: a list to which one line of text is appended for each compiler pass.
+        raw: True to return the Program that the checkpoint's port makes, before any compiler pass. `weights` and
+            `kv_format` are then not used.
         revision: revision of a hub repository; None: its main branch.
 
     Raises HubError if there is no such checkpoint, CheckpointError or PortError if it cannot be loaded, and FormatError

@@ -40,29 +40,33 @@ class EngineProfile:
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: number of steps that a request waits before it is admitted.
-        poll_steps: how often a server looks for new requests: pairs (n, steps), ascending by n. It looks after every
-            `steps` decode steps, by the last pair whose n is at most the number of open requests. Without such a pair
-            it looks before every step.
-        decode_sequences: how many sequences each DP rank of a decode server runs at once: pairs (n, sequences),
-            ascending by n. The number is `sequences` of the last pair whose n is at most the number of requests open on
-            all servers. Without such a pair it is max_sequences.
+        poll_steps: number of decode steps between two looks of a server for new requests, as pairs (least number of
+            open requests, steps) in ascending order. The last pair whose number of requests is reached counts. If no
+            pair's number is reached, the server looks before every step.
+        decode_sequences: number of sequences that each DP rank of a decode server runs at once, as pairs (least number
+            of requests open on all servers, sequences) in ascending order. The last pair whose number of requests is
+            reached counts. If no pair's number is reached, the rank runs max_sequences.
         route: how a router chooses one of several disaggregated servers: one of codesign.fleet.ROUTES.
         ranks: which DP rank of a server computes a prompt: one of codesign.queue.RANKS, explained at QueueSettings.
-        graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
+        graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph). None: the launch
+            overhead that the kernel library gives is used.
         decode_factor: time of a step that only decodes, as a multiple of the modelled time of its kernels.
         prefill_factor: time of a step with prompts, as a multiple of the modelled time of its kernels.
         fusions: names in intaglio.codesign.fusions.FUSIONS. Each is a way in which the engine fuses, splits or replaces
             ops of the Program.
-        library: {field: value}, fields of the chip's kernel library for which the engine's kernels have other values.
-        generations: {generation of chips, such as hopper: {field: value}}, such values for one generation only.
-        experts: {generation: {format of routed experts' weights, such as nvfp4: {field: value}}}, such values for
-            models whose routed experts have this format.
+        library: {field of the kernel library: value}. On every chip, these values replace those of the chip's library.
+        generations: {generation of chips, such as hopper: {field of the kernel library: value}}. On chips of this
+            generation, these values replace those of the chip's library and those in `library`.
+        experts: {generation: {format of routed experts' weights, such as nvfp4: {field of the kernel library: value}}}.
+            For models whose routed experts have this format, these values replace all others on chips of this
+            generation.
         draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
         tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
         recipes: dicts {profile field: value} for some servers, such as the options with which published benchmarks
             start them. Five more keys say for which servers a dict holds: `system` (the chip's name), `card`,
             `release`, `layout` (of one prefill server if disaggregated) and `prompt` (tokens of a request's prompt). A
-            missing key matches every server. If several dicts set a field, the last one counts. `why` is the source.
+            missing key matches every server. If several dicts set a field, the last one counts. The key `why` is a text
+            that gives the source of the values.
         apart: {profile field: value} for disaggregated servers (separate prefill and decode).
         older: {profile field: value} for older releases of the engine. A release is older if its number is below that
             in the key `before`, such as 0.14.

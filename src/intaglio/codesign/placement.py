@@ -27,7 +27,8 @@ class Placement:
     Attributes:
         attention: layout of one copy of all layers except routed experts.
         copies: number of such copies in a server; 1 without data-parallel attention.
-        experts: layout of the routed experts over all chips of a server; None: `attention` holds for experts too.
+        experts: layout of the routed experts over all chips of a server; None: the routed experts have the
+            layout `attention` too.
         replicas: number of servers. They share nothing.
 
     Raises LayoutError in three cases: there are several copies but `experts` is None; `experts` has pipeline stages or

@@ -120,11 +120,12 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
 def best_ratio(prefill: Kind, decode: Kind, question: Question, chips: int) -> Ratio | None:
     """Divide chips into prefill and decode servers. Returns the Ratio with the highest estimated requests per second.
 
-    The estimate loads the prefill servers with PREFILL_LOAD of their full rate. Each decode server decodes as many
-    requests as most_decoding() allows, with half of each response in the cache.
+    In the estimate, prefill servers work at the fraction PREFILL_LOAD of their full rate. Each decode server decodes
+    the largest number of requests at once that the limit of the time per token, the engine's settings and the K/V cache
+    allow. Half of each response is in the cache.
 
-    Returns None in three cases: the servers cannot use exactly `chips` chips; one prompt takes longer than the limit of
-    the time to first token; most_decoding() is 0.
+    Returns None in three cases: no numbers of servers use exactly `chips` chips; one prompt takes longer than the limit
+    of the time to first token; a decode server cannot decode even one request within the limits.
 
     Args:
         prefill: step times and settings of one prefill server.
@@ -221,10 +222,10 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """Simulate prefill and decode servers, with fewer and fewer open requests until the latency limits are kept.
+    """Simulate prefill and decode servers. Returns the ApartResult of the first run that keeps the latency limits.
 
-    Returns the ApartResult of the first run that keeps the limits. The first run has found.concurrency open requests,
-    each further run 15 % fewer. Returns None if TRIES runs break a limit, or a run with one open request does.
+    The first run has found.concurrency requests open at once. Each further run has 15 % fewer than the run before it.
+    Returns None if none of TRIES runs keeps the limits, or if a run with only one open request does not keep them.
 
     Args:
         first: step times and settings of one prefill server.

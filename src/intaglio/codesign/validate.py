@@ -219,9 +219,9 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         load: how the benchmark distributed the rows. "balanced": evenly. "power_law_A", such as power_law_1.2: in
             proportion to n evenly spaced quantiles of the density x**-A on 1 <= x <= 0.8 * tokens, in a fixed random
             order, with at most `tokens` rows per expert.
-        in_order: which experts get the rows that are left over after rounding. True (the older benchmark): those with
-            the largest rounded counts first. False: those with the largest counts before rounding first. If rounding
-            gives too many rows, experts lose rows in the reverse order.
+        in_order: the order in which experts get the rows that are missing after counts were rounded. True (the older
+            benchmark): by rounded count, the largest first. False: by count before rounding, the largest first. If
+            there are too many rows after rounding, experts lose rows in the reverse order.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -247,7 +247,7 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
 
 
 def record_of_row(on: Target, table: str, row: Row) -> KernelRecord | None:
-    """The KernelRecord (description of a kernel) of the kernel that a measured row names in its column `kernel`.
+    """The library's KernelRecord (description) of the kernel that a measured row names in its column `kernel`.
 
     Returns None if the row names no kernel, or if the library of `on` has no record of this name for the row's number
     format and head width. table: name of the row's table, a key of TABLES.

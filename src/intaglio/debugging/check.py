@@ -57,7 +57,9 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """The error of one op's result, compared with a reference: transformers, or in bisect() the first of two runs.
+    """The relative error of one op's result, in comparison with the result of a reference.
+
+    The reference is transformers, or in bisect() the first of two runs.
 
     Attributes:
         site: the op's name, such as layers.3.mlp.down_proj.
@@ -406,7 +408,7 @@ def weight_of(op: Op) -> str | None:
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """Return the transformers module that holds the weight of `op`; None if there is none.
+    """Return the transformers module that holds the weight of `op`; None if no module of the model holds it.
 
     For the op Experts it is the module that holds all experts of the layer.
     """

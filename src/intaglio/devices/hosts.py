@@ -23,7 +23,8 @@ class HostsDevice(Device):
         hosts: number of hosts that the mesh needs.
         isa: instruction set of the CPUs, the same on all hosts; None: $INTAGLIO_ISA, or the best one of this host if
             that is not set.
-        cache: folder for packed weights on each host, "auto" or None, as described at HostDevice.
+        cache: folder on each host where packed weights are kept for the next start; None: they are not kept. "auto":
+            weights of 64 MB or more are kept in $INTAGLIO_CACHE, or in ~/.cache/intaglio/packed if that is not set.
         patience: seconds to wait until enough agents have connected.
         step_timeout: seconds after which a step, or a wait inside a step, is given up.
         silence: seconds without a sign of life after which a suspended process (SIGSTOP) counts as hung.

@@ -261,10 +261,10 @@ class CacheIndex:
         return tokens
 
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
-        """Returns the number of tokens of a prompt's prefix if the replica has it cached; None if not.
+        """Returns the number of tokens of a prompt's prefix, or None if the replica does not have the prefix cached.
 
-        Returns 0 if this is unknown, because `memory` has no K/V block for the prefix: it is shorter than a block, or
-        the replicas reported no block names. A longer prefix may still be cached.
+        The result is 0 if the prefix is recorded without a K/V block, and nothing else shows that it is cached. Such a
+        prefix is shorter than a block, or the replicas reported no block names. A longer prefix may still be cached.
 
         Args:
             key: prefix key of the prefix (see prefix_keys()).

@@ -25,9 +25,9 @@ class PromptLookup:
     def propose(self, tokens: Sequence[int], max_drafts: int) -> list[int]:
         """Returns up to `max_drafts` draft tokens, a guess of the tokens that follow `tokens`, as a list of ints.
 
-        The last n tokens are looked up among all earlier tokens. The drafts are the tokens that followed their latest
-        earlier occurrence. n is the largest number from NGRAM_MIN to NGRAM_MAX for which there is one; if there is
-        none, the result is [].
+        The drafts are the tokens that followed the latest earlier occurrence of the last n tokens in the list. n is
+        the largest number from NGRAM_MIN to NGRAM_MAX for which the last n tokens occur earlier in the list. If there
+        is no such n, the result is [].
         """
         first = self.indexed + 1 if self.indexed else max(1, len(tokens) - PROMPT_TOKENS_INDEXED_MAX)
         for end in range(first, len(tokens)):  # not those at the end: they would match themselves

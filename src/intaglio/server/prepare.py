@@ -219,12 +219,13 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """Returns the prompt's token ids `ids` as a list, cut to the length that truncate_prompt_tokens gives.
+    """Returns the prompt's token ids `ids` as a list, cut to at most truncate_prompt_tokens ids.
 
-    If the request's truncate_prompt_tokens is -1, the prompt is cut so that the context has room for `asked` output
-    tokens; at least 1 prompt token is kept. If the field is missing, nothing is cut. Raises Problem if it is 0.
+    The value -1 of the request's field truncate_prompt_tokens stands for the largest length that leaves room for
+    `asked` output tokens in the context, but at least 1. If the field is missing, nothing is cut. Raises Problem if it
+    is 0.
 
-    The end of the prompt is kept. With truncation_side "right", its beginning is kept.
+    If the request's truncation_side is "right", the first ids are kept; otherwise the last ids are kept.
 
     asked: number of output tokens that the request asks for; None counts as 1.
     """

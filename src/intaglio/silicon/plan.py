@@ -88,8 +88,10 @@ class Plan:
     def of(cls, stages: Sequence[Program], target: Target) -> tuple[Plan, ...]:
         """Returns a tuple with one Plan for each pipeline stage.
 
-        Raises ChipError if Plan() raises it, if a rank's weights exceed a chip's HBM, and if the chip lists an unknown
-        extra instruction. stages: for each pipeline stage, the Program of one of its ranks.
+        Raises ChipError if an op has no chip kernel, if the matrix array does not multiply a weight's format, if a
+        rank's weights exceed a chip's HBM, and if the chip lists an unknown extra instruction.
+
+        stages: for each pipeline stage, the Program of one of its ranks.
         """
         check_extra_instructions(target.chip)
         plans, chip = tuple(cls(p, target) for p in stages), target.chip
@@ -128,8 +130,8 @@ class Plan:
     def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Schedule:
         """Returns the Schedule of one step in which the ops run one after the other.
 
-        With `halves`, dual-batch overlap is modelled. An op then takes the time of both halves together, but a
-        collective takes only its exposed seconds, see exposed_seconds(). HBM delivers the weights once for both halves.
+        With `halves`, dual-batch overlap is modelled. An op then takes the time of both halves together. A collective
+        takes only its exposed seconds, in which neither half computes. HBM delivers the weights once for both halves.
 
         sizes: sizes of the whole batch. halves: sizes of the two halves of the batch; (): the batch is not divided.
         """

@@ -179,9 +179,9 @@ def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
 
 
 def aliases(tiny: TinyModels) -> dict[str, str]:
-    """Other names of config keys, as {usual name: name in the model's config.json}: the value of Family.aliases.
+    """Returns {usual name of a config key: its name in the model's config.json}, for keys with an unusual name.
 
-    Keys that have their usual name are not in the dict. tiny: the tiny models of the architecture.
+    The dict is the value of Family.aliases. tiny: the tiny models of the architecture.
     """
     return {k: own for k, own in tiny.own.items() if k in USUAL and k not in tiny.usual and own in tiny.usual}
 

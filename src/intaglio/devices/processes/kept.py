@@ -24,12 +24,10 @@ class KeptState:
 
 
 class KeptImages:
-    """Memory files that hold the packed weights of ranks, one file per rank.
+    """Memory files that hold the packed weights of ranks, one file for each of the `ranks` ranks.
 
-    `ranks` is the number of ranks.
-
-    They are used if packed weights are not cached on disk. They exist until the last group of ranks that uses them has
-    ended. A group that replaces a crashed one maps the files instead of packing the weights again. Ranks map filled
+    The files are used if packed weights are not cached on disk. They exist until the last group of ranks that uses them
+    has ended. A group that replaces a crashed one maps the files instead of packing the weights again. Ranks map filled
     files read-only, so that a crashing rank cannot damage them.
     """
 

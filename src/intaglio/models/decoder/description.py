@@ -39,7 +39,7 @@ class Layer:
     Attributes:
         rope: name of the rope table; "": no rope.
         window: attention window in tokens; 0: full attention.
-        chunk: tokens of a chunk, if queries attend only to the chunk of positions that they are in; 0: full attention.
+        chunk: length in tokens of the chunks of positions; a query attends only to its own chunk. 0: no chunks.
         sparse: True if the MLP is a mixture of experts.
         scale: factor by which the Decoder's attention scale is multiplied.
         o_bias: True if o_proj has a bias in this layer even if the Decoder's o_bias is False.
@@ -54,7 +54,8 @@ class Layer:
         beside: True if the layer has attention beside the mixer, and their results are added (Falcon-H1).
         attention: True if the layer has attention or a mixer.
         mlp: True if the layer has an MLP or experts.
-        mix: (factor of the residual, factor of attention's result) when the two are added.
+        mix: two factors. The residual is multiplied by the first, attention's result by the second, before the two are
+            added.
         shares_index: True if this layer's sparse attention has no indexer (see Latent). It uses the positions chosen by
             the nearest earlier layer with an indexer.
         cache_of: number of the earlier layer whose keys and values this layer reads; None: it has its own.
@@ -452,10 +453,11 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
 
 
 def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
-    """Arguments of Decoder for models like GPT-2: LayerNorms, biases, an MLP without a gate, no rope. A dict.
+    """Returns {argument: value}, arguments of Decoder for models like GPT-2.
 
-    These models have as many K/V heads as heads, and hidden_size / heads columns per head. If the config has the keys
-    num_key_value_heads and head_dim, they are set to None in `c`. Raises PortError for a missing or wrong value.
+    These models have LayerNorms, biases, an MLP without a gate, and no rope. They have as many K/V heads as query
+    heads, and hidden_size / heads columns per head. The keys num_key_value_heads and head_dim are therefore set to None
+    in `c`. Raises PortError for a missing or wrong value.
 
     Args:
         c: the config, which is changed.

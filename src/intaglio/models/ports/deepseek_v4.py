@@ -85,9 +85,10 @@ def deepseek_v4(c: Config, context: int) -> Decoder:
 def layer_types(c: Config) -> list[str]:
     """Returns a list with the attention type of each layer of DeepSeek-V4, from config.json.
 
-    The types are in layer_types. Older files have compress_ratios, a number for each layer. If the config has neither,
-    the first two layers are heavily compressed, and then the two types of compression alternate. Raises PortError for
-    an unknown type or number, and for a list whose length is not num_hidden_layers.
+    They are the value of the config's key layer_types. Older files have the key compress_ratios instead, with a number
+    for each layer. If the config has neither key, the first two layers are heavily compressed, and in the other layers
+    the two types of compression alternate. Raises PortError for an unknown type or number, and for a list whose length
+    is not num_hidden_layers.
     """
     n, ratios = c.whole("num_hidden_layers"), c.get("compress_ratios")
     usual = [HEAVY] * min(n, 2) + [SPARSE if i % 2 else HEAVY for i in range(n - 2)]
@@ -166,10 +167,11 @@ def rope(c: Config, which: str, context: int) -> Table:
 
 
 def released_names(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Returns a copy of `d` with the checkpoint's names of tensors outside the layers; `d` itself if they are the same.
+    """Returns the Decoder `d`, adapted to the names that a checkpoint gives to the tensors outside the layers.
 
-    Released checkpoints have embed.weight and hc_head_fn; checkpoints saved by transformers have embed_tokens.weight
-    and hc_head.hc_fn.
+    The embedding, the output head and the weights that join the residual streams have two possible names each. For
+    example, the embedding is embed.weight in released checkpoints, and embed_tokens.weight in checkpoints saved by
+    transformers. If all names in `d` are the checkpoint's, the result is `d` itself, otherwise a changed copy.
 
     d: the Decoder (model description). shapes: {name of a tensor in the checkpoint: its shape}.
     """

@@ -128,10 +128,10 @@ def _rebuilt(
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Build the tokenizer of the file tokenizer.model.
 
-    Returns (the tokenizer, the tokenizer_config.json to use with it). If SentencePiece puts a space before the text,
-    the returned config is a copy of `config` in which added tokens are marked as not normalised. Otherwise the space
-    before each run of text would keep added tokens from being found. If SentencePiece puts no space there, it is
-    `config` itself.
+    Returns (the tokenizer, the contents of tokenizer_config.json to use with it). The contents are usually `config`
+    itself. If the SentencePiece model puts a space before a text and `config` has added_tokens_decoder, they are a copy
+    of `config` in which added tokens are marked as not normalised. Without this mark, the space that is put before each
+    run of text would keep the added tokens from being found.
 
     Args:
         path: the folder with tokenizer.model.

@@ -168,10 +168,10 @@ def host_share(chip: ChipSpec, chips: int) -> float:
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
     """Returns a list of the names of the algorithms to compare for the collective `op`. The fastest of them is used.
 
-    In three cases there is one candidate: if the library has only rings, if the topology is a torus, and if the group
-    has more than MAX_SIMULATED_RANKS chips. It is "direct" for all_to_all and send, and "ring" for other collectives.
-    In all other cases the candidates are all algorithms that work with `chips` chips, but "two_step" only on the
-    topology k44.
+    The list has one name in three cases: the library has only rings, the topology is a torus, or the group has more
+    than MAX_SIMULATED_RANKS chips. This name is "direct" for all_to_all and send, and "ring" for other collectives. In
+    all other cases the list has every algorithm that works with `chips` chips; "two_step" is left out unless the
+    topology is k44.
     """
     found = collectives.algorithms(op, chips)
     topology = target.chip.links.topology
@@ -396,9 +396,9 @@ class CollectiveBuilder:
     def buffer(self, rows: int, cols: int, format: str) -> Region:
         """Returns the SRAM tile to write next, a Region [rows, cols] in the number format `format`.
 
-        `rows` and `cols` must not exceed self.tile. emit_steps() sets the count of calls to 0 for each ChunkTile. The
-        n-th call for one ChunkTile and the n-th call for the next ChunkTile return different tiles: there are two, used
-        in turn. So one ChunkTile can still be stored while the next is processed.
+        `rows` and `cols` must not exceed self.tile. While one ChunkTile is processed, each call returns another tile.
+        For each of these calls two tiles exist, and successive ChunkTiles use them in turn. So one ChunkTile can still
+        be stored while the next is processed.
         """
         self.used += 1
         key = self.used, format

@@ -54,7 +54,9 @@ class GatherPlan:
     ) -> GatherPlan:
         """Returns a GatherPlan whose tiles fit SRAM and accumulators, with as many query heads and keys as possible.
 
-        To make it fit, keys are halved down to 32 first; then query heads are reduced, and then keys again.
+        As long as the tiles do not fit, the number of keys is halved, down to 32. Then the number of query heads is
+        reduced, and after that the number of keys again. If not even one key and one query head fit, the result has one
+        of each.
 
         Args:
             target: the chip and its kernel library.
@@ -83,11 +85,12 @@ class GatherJob:
 
     Attributes:
         place: name under which the L2 model knows the job's queries and results.
-        lists: (bytes, name in the L2 model or None) of each load of indices; the indices say where the job's keys are.
+        lists: (bytes, name in the L2 model or None) of each load before the queries: indices, which say where the job's
+            keys are, and attention sinks. None: the L2 does not hold these bytes.
         prepare: cycles of the vector lanes to compute the cache rows of the keys from the indices.
         tiles: (number of keys, True if a mask is added to their scores) of each tile of keys.
-        indexed: True if gathers read the first list directly. The list of a later job, which takes its place in SRAM,
-            is then loaded after these gathers.
+        indexed: True if gather instructions use the first of `lists` directly as row numbers. The lists of a later job
+            that reuse its SRAM are then loaded only after these gathers.
     """
 
     place: tuple[int, ...]
@@ -108,7 +111,7 @@ def gathered_seconds(
         target: the chip and its kernel library.
         plan: the tile sizes.
         cores: the jobs of each core, in order.
-        held: (name, bytes) of each tile, besides the queries, that the L2 holds at the start.
+        held: (name, bytes) of each tile that the L2 holds at the start, in addition to the queries of all jobs.
     """
     l2 = TilesInL2.of(target)
     for place, size in held:
@@ -189,7 +192,7 @@ class _Core:
     def compute(self) -> Program:
         """Model the core's computation; yields None while it waits for loads or stores.
 
-        The cache rows of the next job's keys are computed before the first tile of a job.
+        Before the first tile of a job is computed, the cache rows of the next job's keys are computed.
         """
         plan, chip, on, rows = self.plan, self.target.chip, self.target, self.plan.rows
         array = lanes = 0.0

@@ -68,7 +68,7 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """Returns a function `reader` that emits loads of rows of x, sorted by expert. It is an argument of rounded().
+    """Returns a function `reader`, with which rounded() loads rows of x in an order sorted by expert.
 
     reader(builder, step) takes the StreamBuilder of a core and the largest number of rows of a tile. It returns a
     function read(tile, rows, columns), which emits the load of a part of x into `tile` and returns the filled region of
@@ -178,7 +178,8 @@ def grouped_seconds(
         sides: 2 for a GLU pair (gate and up), else 1.
         scattered: True if rows of the result are stored by index.
         out_bytes: bytes of a value of the result.
-        before: bytes that the kernel before read through the L2, divided by the bytes of x that it wrote.
+        before: the kernel that runs before this one writes x. `before` is the number of bytes that it reads through
+            the L2, divided by the number of bytes of x that it writes. 0: no kernel has just written x.
     """
     rows, groups = sum(counts), Grouped(tuple(c for c in counts if c), scattered)
     cut = tiling(on, (rows, sides * n, k), x_format, w_format, w_bits, group, sides, grouped=groups)

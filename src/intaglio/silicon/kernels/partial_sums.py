@@ -28,11 +28,12 @@ def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
 def missed_sums(target: Target, sums: Any, written: Any) -> Any:
     """Returns how many bytes HBM reads and writes for each byte of partial sums that is read back.
 
-    Before the sums are read, the L2 has evicted the fraction `written` of them to HBM, and has to fetch it again. A
-    fetched byte takes the place of another byte in the L2, chosen at random. If that byte belongs to the sums, it is
-    written to HBM first; the probability of this is the fraction of the L2 that sums take. Returns 1 without an L2.
+    Before the sums are read, the L2 has evicted a part of them to HBM, and has to fetch this part again. A fetched byte
+    takes the place of another byte in the L2, chosen at random. If that other byte belongs to the sums, it is written
+    to HBM first; the probability of this is the fraction of the L2 that sums take. Returns 1 if the chip has no L2.
 
-    sums: bytes of all partial sums. written: a number or an array; the result has the same shape.
+    sums: bytes of all partial sums. written: fraction (0 to 1) of the sums that the L2 has evicted, a number or an
+    array; the result has the same shape.
     """
     kept = target.chip.l2_bytes * target.library.l2_usable
     if not kept:

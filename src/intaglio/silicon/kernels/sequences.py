@@ -55,18 +55,20 @@ class SequenceJob:
 class SequenceKernel(WorkKernel):
     """Base class of chip kernels of recurrent ops, which advance a state along each sequence, column by column.
 
-    For a vendor's library, time follows from the op's FLOPs and bytes, see WorkKernel. For the instruction streams,
-    whose values are FP32, time is modelled by steps().
+    Time is modelled in two ways. If the library's activations are FP32, as in the simulated instruction streams, the
+    steps of each core's loop are modelled (see steps()). For any other library, time follows from the op's FLOPs and
+    bytes (see WorkKernel).
 
     Attributes:
         width: columns of the operands and of the result.
         operands: number of matrices [T, width] that the op reads.
         vectors: number of values that a job loads for each column, such as those of a bias.
         state_rows: rows of a sequence's state, which is [state_rows, width].
-        overlap: number of rows before a block of rows that are loaded again with the block.
-        cold: how many of `vectors` come from HBM: those of a weight with several rows, which is not in the L2 before.
-        shared: number of values of a row that every job of a sequence loads, whatever its columns.
-        transposed: True if the state is [width, state_rows] in HBM, so that each of its rows is moved by itself.
+        overlap: number of rows, just before a block of rows, that are loaded a second time together with the block.
+        cold: how many of `vectors` are values of a weight with several rows. The L2 does not have these values yet, so
+            they are loaded from HBM.
+        shared: number of values of a row that every job of a sequence loads, whatever the job's columns are.
+        transposed: True if the state is stored in HBM as [width, state_rows].
     """
 
     width: int
@@ -115,7 +117,9 @@ class SequenceKernel(WorkKernel):
         return self.operands * (block + self.overlap) + block + self.vectors + self.state_rows
 
     def depth(self, target: Target, columns: int, longest: int) -> int:
-        """Returns the number of tiles in each ring (circular SRAM buffer) of a core, see ring_depth().
+        """Returns the number of tiles in each ring (circular SRAM buffer) of a core.
+
+        It is chosen so that loads in flight hide HBM's latency, as far as SRAM has room (see ring_depth()).
 
         columns: columns of a job. longest: number of rows of the longest sequence.
         """
@@ -154,7 +158,8 @@ class SequenceKernel(WorkKernel):
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
         """Returns the modelled Timing of the op in a step.
 
-        Its seconds follow from the op's FLOPs and bytes, or for FP32 activations (the simulated streams) from steps().
+        If the library's activations are FP32, as in the simulated instruction streams, its seconds follow from the
+        steps of each core's loop (see steps()). Otherwise they follow from the op's FLOPs and bytes.
         """
         work = super().time(target, sizes, prefetched)
         sequences = [(q, keys > q) for q, keys, n in sizes.sequences for _ in range(n)]
@@ -213,9 +218,12 @@ class SequenceKernel(WorkKernel):
             loads, early, first_s, fill, begins = [], 0, 0.0, 0.0, False
 
     def state_moves(self, columns: slice, sequence: int, which: str) -> list[Move]:
-        """The loads or stores of a job's state, in HBM in order of the sequences.
+        """Returns a list of the Moves (loads or stores) that transfer a job's part of a sequence's state.
 
-        which: name of the state, that before or after the step.
+        In HBM the states of all sequences are stored one after the other.
+
+        columns: the job's columns. sequence: number of the sequence. which: name for the L2 model, "state" for the
+        state before the step, "new state" for the state after it.
         """
         n, place = columns.stop - columns.start, (which, sequence, columns.start)
         if self.transposed:
@@ -230,18 +238,23 @@ class SequenceKernel(WorkKernel):
         return [Move(4.0 * self.state_rows * n, place, float(LINE * inner), edges)]
 
     def state_starts(self, columns: slice, sequence: int) -> list[int]:
-        """Byte at which each row of a job's state begins in the states of all sequences."""
+        """Returns the offset in bytes of each row of a job's part of a sequence's state, as a list.
+
+        Offsets are counted from the start of the first sequence's state. columns: the job's columns. sequence: number
+        of the sequence.
+        """
         first = sequence * self.state_rows
         return [4 * (row * self.width + columns.start) for row in range(first, first + self.state_rows)]
 
 
 def by_columns(rows: int, columns: int, place: Hashable) -> list[Move]:
-    """The loads, or the stores, of the columns of an FP32 matrix [rows, columns] without gaps, one after the other.
+    """Returns a list of the Moves (loads or stores) that transfer an FP32 matrix [rows, columns] column by column.
 
-    A column is scattered over the lines of the L2, each of which has values of several columns. So the first of these
-    columns moves all of their lines between the L2 and HBM, and the others find the lines in the L2.
+    The matrix is stored row by row without gaps, so a line of the L2 holds values of several neighbouring columns. The
+    first of these columns moves all lines of the group between the L2 and HBM. The other columns of the group find the
+    lines in the L2.
 
-    place: key of the matrix in the L2.
+    place: key of the matrix in the L2 model.
     """
     moves, together = list[Move](), LINE // 4
     for first in range(0, columns, together):

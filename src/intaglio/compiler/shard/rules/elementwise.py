@@ -17,8 +17,8 @@ def elementwise(lane: Lane, op: Op) -> None:
 
     - Rows: if all operands are divided by token rows, the op computes the rank's rows.
     - Columns: if all operands with more than one column are divided in the same way, the op computes the rank's
-      columns. An operand with one column per head may be whole; the rank then reads the columns of its heads. If other
-      ops read the result through views (column ranges), this case needs the result in lane.plan.
+      columns. An operand with one column per head may be whole; the rank then reads the columns of its heads. If the
+      result has views (column ranges), this case applies only if lane.plan has the result.
     - Whole: the op computes the whole result, from whole operands.
     """
     if lane.has_token_rows(op):

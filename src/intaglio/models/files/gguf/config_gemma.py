@@ -18,10 +18,11 @@ PER_LAYER = "model.embed_tokens_per_layer.weight"
 
 
 def _scale(m: Metadata, largest: int) -> float:
-    """The value of Gemma's key query_pre_attn_scalar: attention scores are divided by its square root.
+    """Returns the value of config.json's key query_pre_attn_scalar for Gemma, a float.
 
-    If the metadata has the key attention.scale, the factor of the scores, the value is 1 / scale ** 2. Otherwise it is
-    hidden size / heads if the model has `largest` layers, and else the number of columns of a head.
+    The model divides attention scores by the square root of this value. The metadata's key attention.scale is the
+    factor of the scores; if the file has this key, the value is 1 / attention.scale ** 2. If it does not, the value is
+    hidden size / heads for a model of `largest` layers, and the number of columns of a head for any other model.
     """
     if m.get("attention.scale"):
         return m.real("attention.scale") ** -2

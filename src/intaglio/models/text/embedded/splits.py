@@ -31,8 +31,8 @@ def _o200k(end: str, digits: str, less: str = "", tail: str = r"[\r\n/]*") -> st
     Args:
         end: pattern that may follow at the end of each word, such as an optional 's or 'll.
         digits: quantifier of a run of digits, such as {1,3}; "": each digit is a piece.
-        less: text put at the end of the character classes of letters to exclude characters: &&[^x] excludes x. "":
-            nothing is excluded.
+        less: regex text that excludes characters from the letters: &&[^x] excludes x. It is put at the end of each
+            character class of letters. "": no letter is excluded.
         tail: pattern of what may follow a run of punctuation.
     """
     upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{less}]"

@@ -125,7 +125,8 @@ def _add_tokens(inner: Tokenizer, v: _Vocabulary, architecture: str) -> None:
     Args:
         inner: the tokenizer.
         v: the file's vocabulary.
-        architecture: llama.cpp's name. Control tokens of phi2 and phi3 also take the white space after them.
+        architecture: llama.cpp's name of the model architecture. In phi2 and phi3, a control token also takes the white
+            space after it.
     """
     strips = architecture in ("phi3", "phi2")  # their tokens swallow the white space after them; the flag is not kept
     kept = ("<unk>", "<s>", "<|endoftext|>")
@@ -298,8 +299,8 @@ def _with_ends(
         v: the file's vocabulary. Its keys add_bos_token and add_eos_token say what is added.
         bos: True to add bos if the file has no add_bos_token.
         eos: True to add eos if the file has no add_eos_token.
-        default_bos: id of bos if the file names none; None: no bos is added then.
-        default_eos: id of eos if the file names none; None: no eos is added then.
+        default_bos: id of bos if the file names no bos. None: without a bos in the file, no bos is added.
+        default_eos: id of eos if the file names no eos. None: without an eos in the file, no eos is added.
     """
     first = v.id("bos", default_bos) if v.get("add_bos_token", bos) else None
     last = v.id("eos", default_eos) if v.get("add_eos_token", eos) else None
