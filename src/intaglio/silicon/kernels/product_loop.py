@@ -80,10 +80,10 @@ class _Cores:
 class _Flows:
     """A group of transfers in flight that all run at the same rate.
 
-    HBM moves the same number of bytes for each byte of these transfers.
+    The transfers have in common how many bytes HBM moves for each byte that is transferred.
 
     Attributes:
-        moved: bytes that a transfer has moved if it has been in flight since the first of these began.
+        moved: number of bytes that a transfer would have moved by now if it had begun when the group was last empty.
         rate: current rate of each transfer in bytes/s.
         ends: a heap with a tuple for each transfer. Its items are: the value of `moved` at which the transfer ends; the
             transfer's number; its group of cores; True for a store; how many of these cores access bytes that the L2
