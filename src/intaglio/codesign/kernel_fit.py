@@ -117,16 +117,19 @@ class Case:
     def errors(self, values: Mapping[str, Any]) -> np.ndarray:
         """Returns log(predicted / measured time) of each row, as an array [rows].
 
-        values: {field: value} of the kernel with which the times are predicted.
+        values: {field: value} of the kernel record from which the times are predicted.
         """
         found = np.maximum(predict(self.target(values), self.table, self.rows), LEAST_US)
         return np.log(found / measured(self.rows))
 
     def cost(self, values: Mapping[str, Any]) -> float:
-        """Returns the negative log-likelihood of the measured rows, up to a constant; lower is better.
+        """Returns the negative log-likelihood of the measured times, up to a constant, as a float; lower is better.
 
-        The spread of the errors log(predicted / measured time) is estimated from the errors themselves. values: {field:
-        value} of the kernel with which the times are predicted. Raises ChipError if the chip cannot have these values.
+        The likelihood is that of the errors log(predicted / measured time) of all rows. The spread of the errors is
+        estimated from the same errors.
+
+        values: {field: value} of the kernel record from which the times are predicted. Raises ChipError if the chip
+        cannot have these values.
         """
         size = np.abs(self.errors(values))
         spread = LEAST_SPREAD + (float(np.median(size)) + 2 * float(np.minimum(size, MOST_ERROR).mean())) / 3

@@ -87,13 +87,16 @@ def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[S
 
 
 def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
-    """Divide `width` channels near-equally among `lanes` ranks. Returns a list with a Share (one range) for each rank.
+    """Divide `width` channels among `lanes` ranks as equally as possible. Returns a list with one Share for each rank.
 
-    blocks: number of equal blocks that the channels form; no block is divided between ranks. 0: there are no blocks,
-    but the ranges end at multiples of 128 channels if possible, else of 64, else of 32, else at any channel. A multiple
-    is possible if it divides `width` and every rank gets some channels.
+    A Share is a tuple of one range of channel numbers. `blocks` says at which channels a range may end:
 
-    site: the op's site (name), for errors. Raises LayoutError if there are more ranks than blocks, or than channels.
+    - If `blocks` is above 0, the channels consist of this many blocks of equal size. A rank gets only whole blocks.
+    - If `blocks` is 0, a range ends at a multiple of n channels. n is the largest of 128, 64 and 32 that divides
+      `width` and lets every rank have at least n channels. If none of them does, a range may end at any channel.
+
+    site: the op's site (name), for the error. Raises LayoutError if there are more ranks than blocks. If `blocks` is 0,
+    raises LayoutError if there are more ranks than channels.
     """
     if lanes > (blocks or width):
         what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
