@@ -296,7 +296,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate a continuation of each prompt. Returns RequestOutputs in the order of the prompts.
 
-        Each prompt has `params.n` RequestOutputs in the list. Prompts run in one batch as far as they fit.
+        Each prompt has `params.n` RequestOutputs in the list. Prompts run in one batch as far as max_sequences
+        and the K/V cache allow.
 
         Args:
             prompts: one prompt or a list of prompts, each a text or token ids. Without a tokenizer only token ids are

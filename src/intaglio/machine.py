@@ -109,13 +109,15 @@ def state_spec(
 ) -> tuple[StateSpec, int]:
     """Divide the memory of one model. Returns (the StateSpec to allocate, number of sequences that may run at once).
 
-    One model may use `machine.kv_bytes` bytes:
+    One model may use `machine.kv_bytes` bytes. They are divided into three parts:
 
-    - Recurrent state gets up to half, with two states per sequence. If `max_sequences` sequences do not fit, fewer may
-      run.
-    - Recurrent states kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
-    - The K/V cache gets room for `kv_tokens` tokens, even if that exceeds `machine.kv_bytes`. None: KV_TOKENS or one
-      whole context, whichever is more, but no more than the rest holds.
+    - The recurrent state of running sequences gets two states for each of `max_sequences` sequences, but at most half
+      of the bytes. If half of the bytes is too little, fewer sequences may run.
+    - Recurrent states kept for the prefix cache get `state_cache_bytes` bytes. If it is None, they get room for
+      STATE_CHECKPOINTS states, but at most an eighth of the bytes.
+    - The K/V cache gets room for `kv_tokens` tokens, even if that is more than `machine.kv_bytes`. If it is None, the
+      K/V cache gets room for KV_TOKENS tokens or for one whole context, whichever is more, but at most all bytes that
+      recurrent state leaves.
 
     mesh: the Programs of all ranks. page_tokens: tokens per K/V page. Raises RequestError if `kv_tokens` is below 1 or
     `state_cache_bytes` below 0.

@@ -131,8 +131,8 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
 def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
     """Returns a copy of a collective's KernelRecord, with link constants converted to the chips of `base`.
 
-    Each constant is multiplied by the ratio of a value in `base` to the same value in the library of `lent`. The record
-    itself is returned if it is not of a collective, or if `lent` is base.generation or "".
+    Each constant is multiplied by the ratio of a value in `base` to the same value in the library of the generation
+    `lent`. The record itself is returned if its kernel is not a collective, or if `lent` is base.generation or "".
 
     Args:
         record: the kernel's record.

@@ -16,15 +16,15 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """Description of one kernel of a KernelLibrary: the calls that it computes, and its values of the library's fields.
+    """Describes one kernel of a KernelLibrary: which calls it computes, and how it differs from the library's fields.
 
     Attributes:
         op: kind of the calls, one of OPS.
         kernel: name of the kernel, as in profilers and measured tables.
         why: source of the values, or the reason for them.
-        changes: pairs (name of a field of KernelLibrary, this kernel's value). The library's value holds for other
-            fields.
-        formats: number formats that the kernel takes, of weights or of keys and values; (): every format.
+        changes: pairs (name of a field of KernelLibrary, value for this kernel). For a field that is not listed, the
+            library's value holds.
+        formats: number formats of weights, or of keys and values, that the kernel takes; (): every format.
         head_dims: (smallest, largest) width of an attention head that the kernel takes.
         default: True if the kernel may be chosen for every call that it can compute. False if it is chosen only when
             the caller of KernelLibrary.record() or Target.kernel() gives its name.

@@ -164,7 +164,7 @@ class KernelLibrary:
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
         """Returns a copy of the library that describes only one kernel, with the field values that `record` sets.
 
-        In the copy, `kernels` is empty. record: the kernel's record; None: the copy keeps the library's own values.
+        In the copy, `kernels` is empty. record: the kernel's record; None: all other fields keep their values.
         """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 

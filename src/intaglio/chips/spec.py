@@ -37,7 +37,8 @@ class Constants:
 class Links:
     """Links of one chip to other chips.
 
-    Chips that one network of links connects are a node. A second network, with one adapter per chip, may join nodes.
+    A node is a group of chips that are connected by one network of links. A second network, with one adapter per chip,
+    may connect nodes.
 
     Attributes:
         count: number of links of the chip.
@@ -210,7 +211,7 @@ PARTS: dict[str, type[Any]] = {"links": Links, "energy": Energy, "constants": Co
 
 
 def part_of(name: str) -> str | None:
-    """Returns the name of the part of a ChipSpec that has the field `name`: links, energy or constants; else None."""
+    """Returns the part of a ChipSpec that has the field `name`: "links", "energy" or "constants"; None if none does."""
     return next((part for part, kind in PARTS.items() if name in kind.__dataclass_fields__), None)
 
 

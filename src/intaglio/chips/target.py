@@ -89,11 +89,10 @@ class Target:
     def reduced(self, record: KernelRecord | None) -> Target:
         """Returns a copy of this target whose library describes only the kernel of `record`, and has no records.
 
-        The kernel's memory_factor says which multiple of the chip's hbm_efficiency and l2_efficiency the kernel
-        reaches. In the copy, the chip's two efficiencies are multiplied by this factor, but do not exceed 1, and
-        memory_factor is 1.
+        The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor in the copy, but are
+        at most 1. The copy's own memory_factor is 1.
 
-        record: one of the library's `kernels`; None: the copy keeps the library's own values.
+        record: one of the library's `kernels`. None stands for a kernel with the values of the library's own fields.
         """
         return reduced_target(self, record)
 
@@ -169,12 +168,13 @@ def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Ta
 
 @lru_cache(maxsize=4096)
 def reduced_target(on: Target, record: KernelRecord | None) -> Target:
-    """Returns a copy of the target `on` whose library describes only one kernel. Cached.
+    """Returns a copy of the target `on` whose library describes only one kernel, and has no records. Cached.
 
-    The kernel's memory_factor says which multiple of the chip's hbm_efficiency and l2_efficiency the kernel reaches. In
-    the copy, the chip's two efficiencies are multiplied by this factor, but do not exceed 1, and memory_factor is 1.
+    The chip's hbm_efficiency and l2_efficiency are multiplied by the kernel's memory_factor in the copy, but are at
+    most 1. The copy's own memory_factor is 1.
 
-    record: the kernel, one of on.library.kernels; None: the copy keeps the library's own values.
+    record: the kernel, one of on.library.kernels. None stands for a kernel with the values of the library's own
+    fields.
     """
     reduced = on.library.with_record(record)
     factor, own = reduced.memory_factor, on.chip.constants

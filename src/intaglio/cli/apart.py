@@ -35,8 +35,9 @@ def apart_table(
         question: the model and its load.
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
-        decode: layouts of decode servers. With `concurrency`, the i-th is paired with the i-th of `prefill`. Without
-            it, each is paired with each of `prefill`.
+        decode: layouts of decode servers. If `concurrency` is given, the first layout of `decode` is paired with the
+            first of `prefill`, the second with the second, and so on. If `concurrency` is empty, each layout of
+            `decode` is paired with each layout of `prefill`.
         concurrency: numbers of requests open at once, to simulate. If empty, the function searches instead: for each
             pair of layouts it finds the numbers of servers and the load with the most output per chip, and it orders
             the pairs by `by`, the best first.
@@ -46,8 +47,10 @@ def apart_table(
         chips: for a search, the number of chips that all servers have together.
         by: "watt" or "chip": the recommended row has the most output tokens/s per watt or per chip.
 
-    Raises ValueError for another `by` or if the lists differ in length, LayoutError for a wrong layout. Raises
-    ChipError if a model does not fit; in a search only if no pair of layouts fits, and after printing all reasons.
+    Raises ValueError for another `by`. Raises ValueError if `concurrency` is given and `prefill` and `decode` differ in
+    length. Raises LayoutError for a wrong layout. Raises ChipError if the model does not fit the chips of a layout. A
+    search does not raise this error but leaves the layout out. It raises ChipError if it finds no pair of layouts for
+    another reason than the latency limits; all reasons are printed before.
     """
     if by not in BY:
         raise ValueError(f"--by {by}; use one of {', '.join(BY)}")
@@ -157,15 +160,15 @@ def searched_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, by: str,
     progress: Progress,
 ) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]], str]:  # fmt: skip
-    """For each pair of layouts, search for the numbers of servers and open requests with the most output per chip.
+    """Search for the numbers of servers and open requests with the most output per chip, for each pair of layouts.
 
     Returns a tuple (found, refused, unfit):
 
-    - found: a list of (prefill layout, decode layout, ApartResult). The result with the most output tokens per second,
-      per watt or per chip as `by` says, comes first.
+    - found: a list of (prefill layout, decode layout, ApartResult). The results are sorted by output tokens per second
+      per watt or per chip (see `by`), the largest first.
     - refused: a list of (layout, reason) for the layouts that do not fit.
-    - unfit: "" if a pair was found. Otherwise a text that says why no pair was found, or "" if the limits are the
-      reason.
+    - unfit: a text that says why no pair was found. It is "" if a pair was found, or if only the latency limits can be
+      the reason.
 
     Args:
         q: the model, its load and the latency limits.
@@ -177,7 +180,8 @@ def searched_pairs(
         by: "watt" or "chip". It only orders `found`; the search itself always maximises output per chip.
         progress: called as pairs are searched.
 
-    Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
+    Raises LayoutError for a wrong layout. Raises ValueError for a layout with replicas, and for responses of fewer than
+    two tokens.
     """
     from intaglio.codesign import ratio
 

@@ -32,9 +32,10 @@ def port(
         typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
     ] = None,
 ) -> None:
-    """Find the port (loader code) that fits an architecture; print its line for FAMILIES, or what is missing.
+    """Find the port (loader code) that fits an architecture, and print the line that adds the architecture to Intaglio.
 
-    FAMILIES is the table of supported architectures in a file of models/ports/. Needs torch and transformers.
+    The line belongs in FAMILIES, the table of supported architectures in a file of models/ports/. If no port fits, the
+    command prints what is missing. Needs torch and transformers.
     """
     if output and not auto:
         raise ValueError("--output goes with --auto, which writes a port file")

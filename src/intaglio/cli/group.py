@@ -50,8 +50,8 @@ class Group(TyperGroup):
 def _refused(error: Any, ctx: Any) -> Exception:
     """Print a UsageError as one line that also names the help to read. Returns typer.Exit, for the caller to raise.
 
-    If `error` only asks for a command's help (a command without arguments), nothing is printed, and `error` itself is
-    returned. ctx: the command group's context, used if the error has none.
+    If the user gave no arguments to a command that then shows its help (NoArgsIsHelpError), nothing is printed, and
+    `error` itself is returned. ctx: the command group's context, used if `error` has no context.
     """
     if type(error).__name__ == "NoArgsIsHelpError":
         return error

@@ -103,8 +103,8 @@ class Link(asyncio.Protocol):
     async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
         """Connect to a replica's control channel, at a Unix socket's path or a TCP address, and return the Link.
 
-        patience: seconds during which a failed attempt is repeated. Raises OSError if no attempt succeeds. The error is
-        its subclass NotAuthenticated if the other end does not know the token of the address.
+        patience: seconds during which a failed attempt is repeated. If no attempt succeeds, the error of the last one
+        is raised: NotAuthenticated if the other end does not know the token of the address, else another OSError.
         """
         ends = time.monotonic() + patience
         while True:

@@ -25,10 +25,10 @@ PREFILLS = ("handed", "partial", "empty", "lost", "drained", "refused")  # parti
 async def prefill(
     backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes
 ) -> tuple[Job, bool, str]:
-    """Have a prefill replica compute a job's prompt, if the router decides so.
+    """Have a prefill replica compute a job's prompt, if the router finds this worthwhile.
 
-    The router decides so if the cluster has prefill replicas and enough of the prompt is not cached. Up to ATTEMPTS
-    replicas are tried. Raises Refusal if the job is not admitted, or not placed in its time.
+    It is worthwhile if the cluster has prefill replicas and enough of the prompt is not cached. Up to ATTEMPTS replicas
+    are tried. Raises Refusal if the router does not admit the job, or cannot place it before its time limit.
 
     Args:
         backends: the links to the replicas.

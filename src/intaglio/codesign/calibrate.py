@@ -107,8 +107,8 @@ def chosen(sample: Sample, points: int) -> np.ndarray:
 def value_of(on: Target, name: str) -> Any:
     """Returns the value of one parameter of the target `on`. name: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    FAMILY is a kind of kernels, such as prefill (attention over prompts). FAMILY.FIELD is the value of the library's
-    field for the kernel of that kind that serves bf16 calls with heads of 128 columns.
+    FAMILY is a kind of kernels, such as prefill (attention over prompts). Kernels of one kind may have different values
+    of a field. For FAMILY.FIELD, the value of the kernel for bf16 and heads of 128 columns is returned.
     """
     part, field = name.split(".")
     if part in ("chip", "library"):
@@ -158,7 +158,7 @@ def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any
 
 
 def spread(errors: np.ndarray) -> float:
-    """Returns the spread of logarithmic errors: half of (median + mean) of the absolute values.
+    """Returns the spread of logarithmic errors: (median + mean) / 2 of their absolute values.
 
     The spread is at least LEAST_SPREAD. Absolute values above 2 count as 2, so that a few rows do not decide.
     """
@@ -200,7 +200,7 @@ class Search:
 
     @staticmethod
     def cost(on: Target, sample: Sample) -> float:
-        """Returns the negative log-likelihood of a sample, up to a constant; inf if `on` cannot run its calls."""
+        """Returns the negative log-likelihood of a sample, up to a constant; inf if `on` cannot run the calls."""
         try:
             return len(sample.rows) * log(spread(sample.errors(on)))
         except (ChipError, ZeroDivisionError):
@@ -217,11 +217,12 @@ class Search:
         return [i for i, f in enumerate(families) if (f == family if family else f != "collectives")]
 
     def weight(self, number: int, common: bool) -> float:
-        """Returns the weight of one sample in attempt(): PRODUCTS_WEIGHT or 1.
+        """Returns the number by which the cost of one sample is multiplied when two targets are compared.
 
-        It is PRODUCTS_WEIGHT for a sample of matrix products if `common` is True: matrix products are modelled best, so
-        they should decide about constants that all kernels share. number: the sample's index in `data`. common: True if
-        all kernels share the constant that changed.
+        It is PRODUCTS_WEIGHT if `common` is True and the sample has matrix products, otherwise 1. Matrix products are
+        modelled best, so they should decide about constants that all kernels share.
+
+        number: the sample's index in `data`. common: True if all kernels share the constant that changed.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
@@ -237,8 +238,8 @@ class Search:
             numbers: indices of the samples to compare.
             prior: the negative log-prior of `other` minus the negative log-prior of `self.on`.
             least: least fall of the cost.
-            common: True if all kernels share the constant that changed; the samples then have other weights, see
-                weight().
+            common: True if all kernels share the constant that changed; samples of matrix products then count more,
+                see weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -445,10 +446,12 @@ def left_out(
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
     """Returns calls that should be measured next, as a list of (table, call as text, spread in per cent).
 
-    `fits` are targets fitted to different parts of the rows. The spread of a call is the standard deviation of the
-    times that they predict; calls with a large spread are worth measuring. For each sample, up to 20 calls are made up
-    at random: each has the columns of one measured row, but the size (m, tokens, batch or bytes) of another. The list
-    has the three of them with the largest spread, or fewer if fewer were made up. A sample with one row gives no calls.
+    `fits` are targets that were fitted to different parts of the rows. The spread of a call is the relative standard
+    deviation of the times that these targets predict for it. Calls with a large spread are worth measuring.
+
+    For each sample, up to 20 calls that were not measured are made up at random. A call has the columns of one measured
+    row, except that its size (m, tokens, batch or bytes) is that of another row. The three calls with the largest
+    spread are returned, or all if there are fewer than three. A sample with one row gives no calls.
     """
     out = []
     for s in data:

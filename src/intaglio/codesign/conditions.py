@@ -20,7 +20,7 @@ class Conditions:
 
     Attributes:
         weight_copies: number of copies of a matrix product's weights; repeated calls use the copies in turn.
-        warm_cache: True if keys and values are in the L2 when attention starts, as far as they fit.
+        warm_cache: True if keys and values are in the L2 when attention starts, or as many of them as the L2 can hold.
         older_experts: True for the benchmark's older version, which differs in two ways. It gave the experts of every
             model a gate projection, even if the model has none. And it rounded each expert's number of token rows, then
             gave the rows that were left over to the experts with the largest rounded numbers.

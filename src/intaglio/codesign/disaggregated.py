@@ -47,9 +47,9 @@ class Apart:
     def transfer_s(self, tokens: int) -> float:
         """Returns the seconds from the end of a prompt's prefill until its K/V is on the decode server.
 
-        The result is a latency plus the K/V bytes of one chip divided by the rate of one chip's links, because all
-        chips that hold the prompt's K/V send their parts at the same time. If crosses_nodes is True, latency and rate
-        are those of a chip's network adapter.
+        The result is latency + bytes / rate. Here `bytes` is the part of the K/V that one chip holds and `rate` is that
+        of one chip's links, because all chips that hold K/V of the prompt send their parts at the same time. If
+        crosses_nodes is True, latency and rate are those of a chip's network adapter.
 
         tokens: length of the prompt.
         """
@@ -71,9 +71,9 @@ class Apart:
         """Returns start times in seconds for the first `concurrency` requests, as a list: 0, then evenly spaced.
 
         Request i starts at T * i / concurrency, where T is the estimated time from a request's start to its end. T is
-        the time of one prefill step with this prompt alone, plus one decode step for each output token. A decode step
-        is estimated for a decode server's equal share of the open requests, each with half of its response in the
-        cache.
+        the time of one prefill step with this prompt alone, plus the time of one decode step for each output token. The
+        time of a decode step is that of a server with concurrency / (number of decode servers) requests, of which each
+        has its prompt and half of its response in the cache.
 
         request: prompt and output length, the same for all requests.
         """

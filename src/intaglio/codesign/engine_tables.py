@@ -63,8 +63,8 @@ NO_GATE = (*UNGATED, (4096, 2688), (8192, 5120))  # (hidden, inner) of experts t
 def translated(table: str, row: Row, engine: str = "") -> dict[str, str] | None:
     """Returns a row of an engine's table with the column names of validate.TABLES, as a new dict.
 
-    The new row also has a column `kernel`: the name of the measured kernel in the files data/kernels, which list the
-    kernels of each engine. The result is None if the row's number format is not one of FORMATS.
+    The new row also has a column `kernel`: the name that the file data/kernels/ENGINE.toml gives the measured kernel.
+    The result is None if the row's number format is not one of FORMATS.
 
     table: name of the engine's table, a key of COLUMNS. engine: name of the engine; "": any.
     """

@@ -51,8 +51,8 @@ class Case:
 
     Attributes:
         on: the chip with its own kernel library.
-        table: name of the kind of table that the rows are from, a key of validate.TABLES. It decides how they are
-            modelled.
+        table: the kind of benchmark table that the rows come from, as a key of validate.TABLES. The kind decides which
+            model predicts the times of the rows.
         rows: the rows, with the kernel's name in column `kernel`.
     """
 
@@ -78,8 +78,8 @@ class Case:
 
         Constants (CONSTANTS) are numbers such as efficiencies. They start with the values of the chip's own library.
         Facts (FACTS) are discrete properties such as tile sizes. They start with the values of `library`; but the fact
-        "tiles" starts as None, which stands for the value of the chip's own library. Both libraries are asked for the
-        values of their default kernel for the call in self.rows[0].
+        "tiles" starts as None, which stands for the value of the chip's own library. In both libraries, the values are
+        those of the default kernel for the call in self.rows[0].
 
         library: name of a shipped library; "": the chip's own.
         """
@@ -117,16 +117,19 @@ class Case:
     def errors(self, values: Mapping[str, Any]) -> np.ndarray:
         """Returns log(predicted / measured time) of each row, as an array [rows].
 
-        values: {field: value} of the kernel with which the times are predicted.
+        values: {field: value} of the kernel record from which the times are predicted.
         """
         found = np.maximum(predict(self.target(values), self.table, self.rows), LEAST_US)
         return np.log(found / measured(self.rows))
 
     def cost(self, values: Mapping[str, Any]) -> float:
-        """Returns the negative log-likelihood of the measured rows, up to a constant; lower is better.
+        """Returns the negative log-likelihood of the measured times, up to a constant, as a float; lower is better.
 
-        The spread of the errors log(predicted / measured time) is estimated from the errors themselves. values: {field:
-        value} of the kernel with which the times are predicted. Raises ChipError if the chip cannot have these values.
+        The likelihood is that of the errors log(predicted / measured time) of all rows. The spread of the errors is
+        estimated from the same errors.
+
+        values: {field: value} of the kernel record from which the times are predicted. Raises ChipError if the chip
+        cannot have these values.
         """
         size = np.abs(self.errors(values))
         spread = LEAST_SPREAD + (float(np.median(size)) + 2 * float(np.minimum(size, MOST_ERROR).mean())) / 3
@@ -223,8 +226,9 @@ class KernelSearch:
     def fit_constant(self, number: int, name: str, step: float) -> None:
         """Improve the value of one constant of one case, in place in self.values[number]. Returns nothing.
 
-        The value is multiplied by 1 + step as long as the case's cost falls by 0.02 or more each time, then divided by
-        1 + step as long as that holds. An efficiency stays at most 1.
+        The value is multiplied by 1 + step again and again. This ends when a multiplication would not lower the total
+        cost by at least LEAST_GAIN; that multiplication is not kept. Then the value is divided by 1 + step in the same
+        way. An efficiency stays at most 1.
 
         number: index of the case. name: name of the constant.
         """
@@ -275,8 +279,9 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
     """Fit one kernel to its measured rows on one or more chips. Returns (cost, values).
 
     The cost is a negative log-posterior: lower is better. `values` is a list with a dict {name of a constant or fact:
-    value} for each case. Facts (discrete properties such as tile sizes) are the same in all cases, unless a separate
-    fit of each case is clearly better; the engine then uses different kernels of this name on these chips.
+    value} for each case. Facts (discrete properties such as tile sizes) are the same in all cases, with one exception:
+    if a separate fit of each case is clearly better, each case has its own facts, because the engine then seems to run
+    different kernels of this name on these chips.
 
     cases: the rows, one Case for each chip.
     """
@@ -374,8 +379,8 @@ def width_ranges(cases: Sequence[Case]) -> list[tuple[int, int]]:
 def engine_values(case: Case, on: Target) -> Values:
     """Returns the constants and facts (properties such as tile sizes) of a serving engine's kernel, as {name: value}.
 
-    The kernel is the one named by the first of the case's measured rows. If the library of `on` has no such kernel, the
-    result is case.start(), the values of the chip's own default kernel.
+    The first of the case's measured rows names the kernel. If the library of `on` has no such kernel, the result is
+    case.start(), the values of the chip's own default kernel.
 
     on: the chip, with a library that has the engine's kernels, see engine_tables.engine_target().
     """
@@ -425,7 +430,7 @@ def calibrated_values(case: Case, on: Target) -> Values:
     What is fitted depends on the library of `on`:
 
     - It has the kernel, measured on chips of this generation: constants are fitted if fit_predicts() is True, that is,
-      if they then predict rows left out of the fit clearly better. Otherwise the values stay.
+      if they then predict rows left out of the fit clearly better. Otherwise the result is the library's values.
     - It has the kernel, but measured on other generations only: constants are fitted.
     - It does not have the kernel: the fit starts from the chip's own default kernel; constants and facts are fitted.
     """
@@ -443,10 +448,10 @@ def calibrate_kernel(
     """Fit a serving engine's kernel to a few of its measured rows. Returns (KernelRecords, errors).
 
     KernelRecords is a tuple with one record of the fitted values for each range of head widths that has its own record
-    in the library of `on`. `errors` is a Fitted: the errors on the rows that were not used, before and after the fit,
-    in per cent. It is None if the case has only one row, which the fit uses.
+    in the library of `on`. `errors` is a Fitted: the errors in per cent, before and after the fit, on the rows that the
+    fit did not use. It is None if the case has only one row, because the fit uses this row.
 
-    calibrated_values() says what is fitted.
+    calibrated_values() decides which constants and facts are fitted.
 
     Args:
         case: the rows, at least one.

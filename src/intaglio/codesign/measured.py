@@ -127,8 +127,8 @@ class Row:
     def formats(self, profile: EngineProfile) -> Formats:
         """The Formats of the row's model: number formats of weights, K/V cache, activations and routed experts.
 
-        profile: the serving engine's profile. Its field `kv` is the format of the K/V cache, unless the weights are
-        bf16.
+        profile: the serving engine's profile. The K/V cache has the format profile.kv, with one exception: if the
+        row's column gemm_quant_mode means bf16, the format is "auto", which means that it follows from the weights.
         """
         gemm, moe = (FORMATS[self.columns[f"{name}_quant_mode"]] for name in ("gemm", "moe"))
         kv = profile.kv if gemm != "bf16" else "auto"
@@ -242,9 +242,10 @@ def completed(found: Sequence[Row]) -> list[Row]:
     """A list of the rows in `found`, with missing numbers of prefill and decode servers filled in.
 
     Published tables list some experiments twice, once without the numbers of servers. A disaggregated row without them
-    gets them from its twin: a row of the same experiment that states both numbers. Two rows are of the same experiment
-    if experiment() is equal for both. All columns whose names start with prefill_ or decode_ are copied. A row without
-    a twin stays unchanged. So does a row whose twins have different values in these columns.
+    gets them from its twin, a row of the same experiment that states both numbers. All columns whose names start with
+    prefill_ or decode_ are copied from the twin. Two rows are of the same experiment if they have the same model and
+    are equal in all other columns, except the path of the model. A row without a twin stays unchanged. So does a row
+    with several twins whose copied columns would differ.
     """
     twins: dict[tuple[str, ...], list[Row]] = {}
     for row in found:

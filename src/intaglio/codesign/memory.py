@@ -58,7 +58,7 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
     """The MemoryUse (bytes of HBM needed) of one chip that serves a load with one rank's Program.
 
     Args:
-        program: the chip's Program: its weights, its K/V cache and recurrent state, and its intermediate tensors count.
+        program: the chip's Program. Counted are its weights, K/V cache, recurrent state and intermediate tensors.
         step: the sequences and rows of one step. Each sequence takes K/V blocks of BLOCK tokens for its keys, and two
             slots of recurrent state.
         micro_batches: number of steps in flight in the pipeline at a time. Each has as many sequences as `step`.
@@ -192,7 +192,7 @@ class KvRoom:
     def tokens(self, length: float = 1) -> int:
         """Number of tokens whose K/V the server can hold at a time if every sequence has `length` tokens.
 
-        The last sequence may fit in part only.
+        If only a part of one more sequence fits, the tokens of this part are counted, too.
         """
         kept = self.kept(length)
         sizes = [(one.room * BLOCK, length * one.full + kept * one.windowed) for one in self.limits]

@@ -52,8 +52,8 @@ class Draw:
         keys: number of keys (tokens in the K/V cache) of each decoding sequence.
         prompt: number of tokens of the prompt that the step computes; 0: no prompt.
         precision: number formats of weights, K/V cache and activations, in words.
-        changes: pairs (field name such as chip.vec_lanes, value) in which the chip differs from the shipped chip,
-            without the size of HBM.
+        changes: a pair (field name such as chip.vec_lanes, new value) for each field of the shipped chip that was
+            changed. The size of HBM is changed too, but not listed.
     """
 
     on: Target

@@ -43,8 +43,8 @@ class QueueSettings:
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
         admission_steps: number of decode steps that a request waits before it is admitted. They are not simulated:
             their time is added to each request's latencies.
-        poll_steps: number of decode steps between two looks of the engine for new requests, while sequences decode.
-            After a step with prompts it looks at once. 0 or 1: it looks before every step.
+        poll_steps: while sequences decode, the engine looks for new requests each time it has run this number of decode
+            steps. After a step with prompts it looks at once. 0 or 1: it looks before every step.
         tokens_per_step: mean number of tokens that one decode step adds to a sequence; above 1 with speculative
             decoding.
         ranks: how the DP rank that computes a prompt is chosen, one of RANKS. "any": any rank with room in the step.
@@ -119,8 +119,8 @@ class Queue:
         times: gives the seconds and joules of each step.
         settings: settings of the engine.
         prefills: True for a server that computes prompts. False for a decode server, which gets requests whose prompts
-            another server has computed. There a request starts to decode when it is admitted, and the time of its
-            admission is recorded as the time of its first token.
+            another server has computed. On a decode server, a request starts to decode when it is admitted, and the
+            time of its admission is recorded as the time of its first token.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
@@ -183,10 +183,10 @@ class Queue:
     def take_steps(self, until: float) -> None:
         """Simulate the next step or steps, and advance the clock. Returns nothing.
 
-        If a prompt is being computed, this is one step. Otherwise it is 1 to LEAP decode steps, all timed like the
-        middle one of them, because a decode step's time grows linearly with the keys in the cache. The decode steps
-        stop when a response ends, when the engine looks for waiting requests, or when the next step would begin at or
-        after `until` seconds. If no request is admitted, nothing happens.
+        If a prompt is being computed, this is one step. Otherwise it is 1 to LEAP decode steps. Each of them is given
+        the time of the middle one, since a decode step's time grows linearly with the keys in the cache. The decode
+        steps stop when a response ends, when the engine looks for waiting requests, or when the next step would begin
+        at or after `until` seconds. If no request is admitted, nothing happens.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -201,10 +201,11 @@ class Queue:
         self._advance(n, *self._mean_cost(count), count)
 
     def next_event(self) -> float:
-        """The time in seconds on this queue's clock at which the next call of take_steps() will end.
+        """The time of this queue's next event, in seconds on the queue's clock.
 
-        If sequences decode and no prompt is being computed, it is the end of the decode steps that the call takes if no
-        request arrives. Otherwise it is the current time `now`: the caller may call take_steps() at once.
+        If sequences decode and no prompt is being computed, the event is the end of the decode steps that the next call
+        of take_steps() will simulate if no request arrives before. Otherwise the time is `now`, the present time on the
+        clock.
         """
         if self.prefilling or not self.running:
             return self.now
@@ -331,8 +332,9 @@ def serve(
         times: gives the seconds and joules of each step of the server.
         settings: settings of the server's engine.
         requests: the load, ordered by time of arrival.
-        concurrency: maximum number of requests open at once; None: any number, and each request is sent when it
-            arrives. With a number, a request waits to be sent until fewer are open, and its latencies count from then.
+        concurrency: maximum number of requests open at once. A request that has arrived is sent as soon as fewer
+            requests than this are open, and its latencies count from then. None: no maximum; each request is sent when
+            it arrives.
 
     Raises ValueError for a request that the K/V cache cannot hold.
     """

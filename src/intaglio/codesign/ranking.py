@@ -25,7 +25,7 @@ MODEL_CHIP_LENGTHS = (*MODEL_AND_CHIP, "isl", "osl")
 
 
 def servers(row: Row) -> tuple[str, int]:
-    """(layout as text, number of chips) of the server that a row measured.
+    """Returns (layout as text, number of chips) of the server whose measurements the row has.
 
     For disaggregated servers the text names the layouts of the prefill servers and of the decode servers, and the chips
     of both are counted.
@@ -116,7 +116,7 @@ def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
-    """Compare the way to serve that the timing model recommends with the way that measured best. Returns the Ranked.
+    """Compare the way to serve that the timing model recommends with the best measured way. Returns a Ranked.
 
     The rows are grouped into points, the ways to serve. The rows of a point have the same layout, the same number of
     open requests and equal values in the columns `others`. The rate of a point, in output tokens/s per chip, is the

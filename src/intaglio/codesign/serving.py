@@ -93,8 +93,8 @@ class Moment:
         waiting: number of requests that were sent and have no token yet: their prompts are queued or being computed.
         decoding: number of requests that have their first token and not their last.
         kv_share: used fraction of all servers' K/V caches. Only decoding requests count, with their prompts and the
-            tokens generated so far. If layers with a sliding window have a cache of their own, it is the larger of the
-            two caches' fractions.
+            tokens generated so far. If layers with a sliding window have a cache of their own, the value is the larger
+            of the two caches' fractions.
     """
 
     at: float

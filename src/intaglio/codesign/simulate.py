@@ -227,11 +227,11 @@ class Simulation:
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """A clause for the error message of check(): what would fit, if not even one request of the load `s` fits.
+        """Returns part of an error message: how much shorter requests must be if the chips cannot hold even one of `s`.
 
-        The clause names the longest prompt with which one request would fit. If no prompt is short enough, it names the
-        longest response with which one request would fit. If no response is short enough either, it says that neither
-        helps.
+        The text names the longest prompt with which the chips could hold one request. If no prompt is short enough, it
+        names the longest response with which they could. If no response is short enough either, it says that neither
+        shorter prompts nor shorter responses help.
         """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:

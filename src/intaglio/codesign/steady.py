@@ -52,9 +52,9 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
 
     At most s.max_sequences requests are prefilled or decoded at a time, and no more than fit the K/V cache. The others
     wait, and Little's law gives their waiting time. Each decoding request is assumed to have half of its response in
-    the cache. Steps with prompts take longer than steps that only decode; if `s.mixed` is False, they decode nothing.
-    The fraction of steps with prompts follows from the steady state, in which as many prompts start as responses end.
-    If prompts in every step are not enough for this, fewer requests decode.
+    the cache. Steps with prompts take longer than steps that only decode; if `s.mixed` is False, a step with prompts
+    decodes nothing. The fraction of steps with prompts follows from the steady state, in which as many prompts start as
+    responses end. If even prompts in every step would start too few, the estimate has fewer decoding requests.
 
     Args:
         times: gives the seconds and joules of each step of the server.

@@ -122,8 +122,8 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: maximum tokens of a step on one DP rank.
             max_sequences: maximum sequences of a step on one DP rank.
-            open_sequences: the K/V cache of a DP rank is not larger than this number of sequences with the model's full
-                context would need; None: max_sequences.
+            open_sequences: a limit on the K/V cache of a DP rank: it is at most as large as this number of sequences
+                need if each has the model's full context. None: the number is max_sequences.
             states: number of recurrent states kept for each sequence, if the model has recurrent state: 2 if a step
                 reads one and writes another, 1 in engines that update the state in place.
             gives_back: True if layers with a sliding window keep only the last tokens. False for servers that send K/V
@@ -229,8 +229,8 @@ class StepTimes:
         copies: number of data-parallel copies of the attention layers (DP ranks) in the server.
         overlaps: True if the kernel library prefetches weights or hides collectives, so that a step takes less time
             than the sum of its kernels. Steps are then timed by self.plans. In three cases the kernels' times are
-            summed even so: `fusions` is not empty; routed experts have a layout or weight format of their own; the
-            model has routed experts and server.activations is not "auto".
+            summed although `overlaps` is True: `fusions` is not empty; routed experts have a layout or weight format of
+            their own; the model has routed experts and server.activations is not "auto".
         tables: cache {(decoding, context, chunks): result of exact()}.
         others: cache {target: StepTimes of the same server on this target}, filled by on().
 
@@ -462,10 +462,10 @@ class StepTimes:
 def around(x: float, step: int) -> tuple[int, int, float]:
     """The grid points around `x` for an interpolation: (lower point, next point, fraction of the way between the two).
 
-    Step times are computed only for sizes on a grid and interpolated between its points. Up to `step` the grid points
-    are 1 apart. From there to 2 * PER_OCTAVE * `step` they are `step` apart. After that the distance doubles whenever
-    the size has doubled: it is 2 * `step` up to 4 * PER_OCTAVE * `step`, and so on. For `x` below 1 the result is (1,
-    2, 0.0).
+    Step times are computed only for sizes on a grid, and interpolated for sizes between two grid points. Grid points up
+    to `step` are 1 apart. Grid points from `step` to 2 * PER_OCTAVE * `step` are `step` apart. From there to 4 *
+    PER_OCTAVE * `step` they are 2 * `step` apart, and so on: with each doubling of the size, the distance doubles. For
+    `x` below 1 the result is (1, 2, 0.0).
     """
     if x <= step:
         low = max(1, math.floor(x))

@@ -120,8 +120,11 @@ class ScheduleBuilder:
     """Builds the Schedule of a collective: copy(), reduce() and move() add steps, done() returns the schedule.
 
     A step reads and writes slots. A slot is storage for one chunk of the payload on one rank. The builder fills in the
-    dependencies of each step (Step.after). A step waits for the last step of its rank that wrote a slot which it reads
-    or writes. It also waits for the steps that have since read the slot which it writes.
+    dependencies of each step (Step.after). They are these steps of the same rank:
+
+    - for each slot that the step reads, the last earlier step that wrote the slot,
+    - for the slot that the step writes, the last earlier step that wrote the slot, and every step that has read the
+      slot after that.
 
     Args:
         collective: name of the collective, such as "all_reduce".

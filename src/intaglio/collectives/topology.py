@@ -9,7 +9,7 @@ from functools import cached_property
 
 
 class TopologyError(ValueError):
-    """Raised for a link with invalid values, and if no links connect two ranks."""
+    """Raised for a link with invalid values, and if no route leads from one rank to another."""
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ class Layout:
             None: there are no copies, and each group holds consecutive experts.
         placement: says which experts each group holds. None: experts are placed by ExpertPlacement.even() if
             `redundant` is not None.
-        sums: a multiple of `tp`. The layout gives the results of a layout with tp = `sums`, bit for bit: each sum that
-            is divided among lanes is computed in `sums` parts, and the parts are added in the order in which `sums`
-            lanes would add them. 1: each lane computes one part.
+        sums: if above 1, the number of parts in which each sum that is divided among lanes is computed, a multiple of
+            `tp`. The parts are added in the order in which `sums` lanes would add them, so that the results are those
+            of a layout with tp = `sums`, bit for bit. 1: each lane computes one part.
 
     Raises LayoutError in these cases: `sp` with tp 1 or with ep; redundant experts without ep; `sums` above 1 that is
     no multiple of `tp`; `sums` above 1 with ep or `sp`.
@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def numerics(self) -> str:
-        """The part of the layout that decides the bits of results, as text; "" if the bits are those of a single rank.
+        """Text that names what decides the bits of results, such as "tp4"; "" if they are those of a single rank.
 
         For tp4, tp4pp2, tp4sp and tp1sums4 the text is tp4: pipeline stages and sequence parallelism change no bits.
         Layouts with the same text compute the same K/V, bit for bit.

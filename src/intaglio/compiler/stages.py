@@ -103,7 +103,7 @@ def _fitting(home: list[int], stages: int) -> str:
     """Advice for an error message: which pipeline degree to use instead of `stages`, as text.
 
     It is "ppN" with the largest N below `stages` for which every stage has layers; "tp, or no pp" if N would be 1.
-    home: for each layer, the first of the layers that must be in the same stage with it.
+    home: for each layer, the number of the first layer that must be in the same stage as this layer.
     """
     fit = max(n for n in range(1, stages) if len({m * n // len(home) for m in home} | {n - 1}) == n)
     return f"pp{fit}" if fit > 1 else "tp, or no pp"
@@ -157,10 +157,10 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """A copy of the op for pipeline stage number `stage`. Only collectives change: their group gets numbers of ranks.
+    """A copy of the collective `op` for pipeline stage number `stage`; `op` itself if it is not a collective.
 
-    Before, the group of a collective has the numbers of lanes, which are ranks counted from 0 within a stage. Any other
-    op is returned itself.
+    The group of `op` has the numbers of lanes, which are ranks counted from 0 within a stage. The group of the copy has
+    the numbers of the same ranks among all ranks.
     """
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))

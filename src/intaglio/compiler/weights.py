@@ -29,8 +29,9 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     - Activations are rounded to the format that fits the weight's new format (the op's attribute x_format).
     - An op that reads or writes a K/V cache has scales (k_scale, v_scale) only if the cache is e4m3; other scales are
       removed.
-    - Short names (int8, int4, fp8) mean the size of groups (values that share a scale) that fits each weight. A q4_k
-      weight whose rows are not whole blocks of 256 becomes int4g32, which has as many bits.
+    - A short name (int8, int4, fp8) leaves the size of groups (values that share a scale) open: each weight gets a
+      size that divides its columns. A q4_k weight whose rows are not whole blocks of 256 becomes int4g32, which has as
+      many bits.
     - If `weights` is a 4-bit format, the weight of the output head (tied to the embedding or not) gets int8g128
       instead, or int8 in smaller groups that fit it.
     - A table that only `embed` ops read changes only for weights="f32" and "bf16": `embed` copies single rows, so a
@@ -70,10 +71,10 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """A copy of a KvWrite or Attend op that has scales (k_scale, v_scale) only for caches in the format e4m3.
+    """Returns a copy of a KvWrite or Attend op in which only caches of the format e4m3 have scales (k_scale, v_scale).
 
-    The scales of other caches are set to None. Any other op is returned unchanged. tensors: the Program's tensors by
-    name.
+    The scales of other caches are None in the copy. Any other op is returned unchanged. tensors: the Program's tensors
+    by name.
     """
     if not isinstance(op, (KvWrite, Attend)):
         return op
@@ -82,17 +83,19 @@ def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
 
 
 def _table_formats(p: Program, name: str) -> dict[str, str]:
-    """The new formats of the embedding tables, as a dict {name of the table: `name`} if `name` is f32 or bf16, else {}.
+    """Returns the format that each embedding table gets, as a dict {name of the table: name of the format}.
 
-    Tables get no narrower format: `embed` copies single rows, so a step would not become faster.
+    The format is `name` if this is f32 or bf16. For any other `name` the dict is empty: `embed` copies single rows, so
+    a narrower table would not make a step faster.
     """
     return dict.fromkeys((w for op in p.ops for w in op.operands("table")), name) if name in ("f32", "bf16") else {}
 
 
 def _output_heads(p: Program, products: list[Op]) -> set[str]:
-    """Names of the weights that compute the logits and of the embedding tables, as a set.
+    """Returns a set with the names of all weights that may be the output head.
 
-    Embedding tables count because the output head may be tied to one. products: the ops whose weights get a new format.
+    These are the matrices with which `products` compute the logits, and the embedding tables, because the output head
+    may be tied to one of them. products: the ops whose weights get a new format.
     """
     heads = {w for op in p.ops for w in op.operands("table")}
     for op in products:
@@ -104,10 +107,9 @@ def _output_heads(p: Program, products: list[Op]) -> set[str]:
 def fitted(name: str, *weights: Tensor) -> str:
     """Choose a group size for the format `name` that fits all the weights. Returns the format's new name.
 
-    A group size fits if it divides the number of columns of each weight. In a format with groups of 128 values, the
-    group becomes the largest of 128, 96, 64 and 32 that divides the columns of all weights, because padding would be
-    stored and multiplied too; if none does, the name does not change. q4_k becomes int4g32 if 256 does not divide the
-    columns. Any other format does not change.
+    A group size fits if it divides the number of columns of each weight; otherwise padding would be stored and
+    multiplied. A format with groups of 128 values gets the largest group size of 128, 96, 64 and 32 that fits. If none
+    of them fits, the result is `name`. q4_k becomes int4g32 if 256 does not fit. Any other format stays as it is.
     """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:

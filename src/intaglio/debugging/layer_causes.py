@@ -37,14 +37,14 @@ def _layer(site: str) -> str:
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield triples (site, text, changes) that split the joined q, k, v matrix of an attention op in another way.
+    """Yield a triple (site, text, changes) for each way to split the joined q, k, v matrix of an attention op.
 
-    A checkpoint may store the matrix by head (the query heads of a K/V head, then its key, then its value), or all of
-    q, then all of k, then all of v. The port may have split it in the wrong way. Only attention whose q, k or v is
-    computed in `chain` is tried.
+    A checkpoint may store this matrix in two ways: by head (the query heads of a K/V head, then its key, then its
+    value), or in three blocks (all of q, then all of k, then all of v). The port may have split the matrix in the wrong
+    way, so both ways are tried, but only for attention ops whose q, k or v is computed by an op of `chain`.
 
-    `site` is the name of the first of the three linear ops. `text` describes the other way to split. `changes` is {op's
-    name: copy of the op with the new split}.
+    `site` is the name of the first of the three linear ops that compute q, k and v. `text` says how the checkpoint may
+    store the matrix. `changes` is {name of a linear op: copy of the op with weights that are split in this way}.
     """
     for attend in (op for op in p.ops if isinstance(op, Attend)):
         heads, kv_heads = attend.heads, int(p.tensors[attend.k_cache].shape[2])

@@ -79,10 +79,10 @@ class StateSpec:
         page_tokens: tokens per page (the symbolic dim B).
         slots: number of slots for recurrent state (the symbolic dim N): two for each sequence that runs at once. 0 for
             a model without recurrent state.
-        window_pages: number of pages of each cache that only layers with a window or chunk read (`Program.windows`).
-            Such a cache needs fewer pages, because a page becomes free when no later query can see it. 0: such a cache
-            has `pages` pages.
-        window: length in tokens of the longest window of these layers; 0 if window_pages is 0.
+        window_pages: number of pages of each windowed cache, a K/V cache that is read only by layers with a window or
+            chunk (`Program.windows`). It needs fewer pages, because a page becomes free when no later query can see it.
+            0: a windowed cache has `pages` pages, too.
+        window: longest window, in tokens, of the layers that read windowed caches; 0 if window_pages is 0.
     """
 
     pages: int
@@ -436,7 +436,7 @@ class Device(ABC):
 def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], contents: np.ndarray | None = None) -> None:
     """Raise DeviceError if a block number is not in 0 .. state.pages - 1 or the block contents do not fit.
 
-    Returns None. `contents` must be uint8 [number of blocks, block_bytes]; None is not checked.
+    Returns None. `contents` must be uint8 [number of blocks, block_bytes]. None: only the block numbers are checked.
     """
     if blocks and not 0 <= min(blocks) <= max(blocks) < state.pages:
         bad = next(b for b in blocks if not 0 <= b < state.pages)

@@ -138,7 +138,11 @@ class MeshStep:
             self.results[rank] = end.value
 
     def exchange(self, rank: int) -> None:
-        """Run the collective at which `rank` waits if all ranks that take part wait at it; otherwise do nothing."""
+        """Run the collective at which `rank` waits, if it can run now. Otherwise do nothing. Returns None.
+
+        A send can always run; its tensor is stored in `messages`. A recv can run if its tensor is in `messages`. Any
+        other collective can run if all ranks that take part in it wait at it.
+        """
         op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None

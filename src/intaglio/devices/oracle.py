@@ -156,12 +156,11 @@ class OracleExecutable(BlockingExecutable):
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
         """True if the K/V slots of a sequence's last `state.window` tokens hold the right contents (sliding window).
 
-        The last token in `held` is the last of these tokens.
-
         Args:
             batch: the step's batch.
             s: the sequence's index in the batch.
-            held: the right contents of the slots of all tokens up to this last token: hashes made by link().
+            held: the right contents of the slots of all tokens of the sequence up to the token that is sampled from:
+                hashes made by link(). The last `state.window` items are compared with the slots.
         """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]

@@ -139,8 +139,8 @@ class ModelledStep:
 class SiliconExecutable(Executable):
     """Models the time of each step on a simulated chip. The values are computed by another executable.
 
-    If the chips form a pipeline, its stages work on different steps at the same time. A stage starts a step when the
-    stage before has ended this step, and it has itself ended the step before.
+    If the chips form a pipeline, its stages work on different steps at the same time. A stage starts a step when two
+    conditions hold: the previous stage has ended this step, and the stage itself has ended the previous step.
 
     Attributes:
         inner: the executable that computes the values.

@@ -49,7 +49,8 @@ class Roofs:
 class Bound:
     """Roofline bound of one or more ops: the minimum seconds that they can take on this computer.
 
-    `memory` is the minimum by memory bandwidth, `matrix` the minimum by arithmetic throughput, both in seconds.
+    Both attributes are in seconds: `memory` is the minimum that the memory bandwidth allows, `matrix` the minimum that
+    the arithmetic throughput allows.
     """
 
     memory: float = 0.0
@@ -109,10 +110,10 @@ class Row:
 
 
 def measured_roofs(device: Device) -> Roofs | str:
-    """The measured limits of the computer, as Roofs, for a device that runs on the CPU.
+    """Returns the limits of the computer as Roofs, if `device` runs on the CPU, or else a text that says why not.
 
-    For any other device the result is a text that says why there are no Roofs. Each limit is measured when the
-    functions of the Roofs are first called for it.
+    Nothing is measured before a function of the Roofs is called. The first call with an argument measures the limit;
+    later calls with the same argument return the same number.
     """
     facts = device.facts()
     if facts.threads is None or facts.isa is None:

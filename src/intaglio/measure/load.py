@@ -31,8 +31,8 @@ class Outcome:
 
     Attributes:
         request: the request as planned.
-        start: time from the beginning of the load to the planned arrival; if concurrency was limited, to the moment
-            when the request was sent.
+        start: the moment from which `end` and `first` are counted, as time since the beginning of the load. It is the
+            planned arrival or, if concurrency was limited, the moment when the request was sent.
         end: time from `start` to the end of the response.
         first: time from `start` to the first text of the response (TTFT); None if no text came.
         gaps: times between each text of the stream and the next.
@@ -156,14 +156,14 @@ async def load(
 ) -> list[Outcome]:
     """Send each request at its planned arrival, wait until all have ended, and return their Outcomes in the same order.
 
-    If a request fails, Outcome.error has the reason. Call probe() before: it sets the name of the model, which each
-    request needs, and the number of tokens per word, from which the lengths of prompts follow.
+    If a request fails, Outcome.error has the reason. Call probe(server) first. It finds out the model's name,
+    which each request needs, and the tokens per word, which are needed to make prompts of the planned lengths.
 
     Args:
         server: the server to measure.
         requests: arrival time, prompt length and output length of each request.
-        concurrency: largest number of open requests. Other requests wait before they are sent, and their times count
-            from the moment of sending. None: no limit.
+        concurrency: largest number of open requests. Further requests wait until others have ended. With a limit, the
+            times of all requests are counted from the moment of sending. None: no limit.
         seed: random seed of the prompts.
         progress: called with (requests ended, requests in all, text) at the start and after each request.
     """
@@ -203,7 +203,7 @@ async def _send(session: Any, server: Server, request: LoadRequest, body: bytes,
         request: the request as planned.
         body: its JSON body.
         began: value of time.perf_counter() at the beginning of the load.
-        start: seconds from `began` to the moment from which the request's times count.
+        start: becomes Outcome.start: the moment from which the request's times are counted, in seconds after `began`.
     """
     import aiohttp
 

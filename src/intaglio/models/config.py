@@ -272,9 +272,9 @@ class Config:
         """The attention type of each layer, as a list: the value of the key `layer_types`, or a default.
 
         Args:
-            every: makes the default if `usual` is None: every `every`-th layer has full attention, the others a sliding
-                window. 0: all layers have full attention.
-            usual: the default.
+            every: the default if `usual` is None: one layer in `every` (layers every - 1, 2 * every - 1, ...) has full
+                attention, the others have a sliding window. 0: all layers have full attention.
+            usual: the default, one type per layer; None: `every` determines the default.
             known: the types that are allowed.
 
         Raises PortError for a type that is not in `known`, and for a list that does not have num_hidden_layers types.

@@ -96,13 +96,15 @@ def port(
 ) -> Program:
     """Returns the Program of a checkpoint: the model as a list of ops, for positions below `context`.
 
-    Weights keep the formats they are stored in. Issues a warning if ignored settings may matter. The default context is
-    the model's own limit or, with LongRoPE and dynamic NTK scaling, the longest context with the rope frequencies of
-    short texts.
+    Weights keep the formats they are stored in. Issues a warning if ignored settings may matter.
 
-    name: name of the Program; None: the folder's name. family: the port to use; None: the port for the checkpoint's
-    architecture. Raises PortError for an architecture that is not ported, a setting that is not implemented, a context
-    out of range, or tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
+    context: number of positions. None stands for max_position_embeddings, except for two kinds of rope scaling: with
+    LongRoPE it stands for the original length, with YaRN for factor * original length if that is larger. name: name of
+    the Program; None: the folder's name. family: the port to use; None: the port for the checkpoint's architecture.
+
+    Raises PortError for an architecture that is not ported, a setting that is not implemented, a context outside 1 to
+    the model's longest context, or tensors that do not match config.json. Raises CheckpointError for a checkpoint that
+    cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:

@@ -127,9 +127,10 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """Returns ((k, k_cache, k_scale), (v, v_cache, v_scale)), the tensor names that the op has in these fields.
+        """Returns which tensors the op writes to which caches: ((k, k_cache, k_scale), (v, v_cache, v_scale)).
 
-        Without the second item if `v` and `v_cache` are the same as `k` and `k_cache`. A scale may be None.
+        Each item is a tuple of tensor names; the name of the scale may be None. If `v` equals `k` and `v_cache` equals
+        `k_cache`, the result has only the first item.
         """
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
         return (keys,) if keys[:2] == values[:2] else (keys, values)

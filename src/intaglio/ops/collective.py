@@ -74,17 +74,16 @@ class AllReduce(Collective, kind="all_reduce"):
     """Op that sums a tensor over ranks: every rank of `group` gets the sum of the ranks' tensors x.
 
     The sum is ((x0 + x1) + x2) + ... in the order of `group`, in float32. x is f32 [rows, width * slots] and out is f32
-    [rows, width]. With more than one slot, the `slots` blocks of `width` columns of the sum are then added to each
-    other.
+    [rows, width]. If `slots` is 1, x is as wide as out. If `slots` is above 1, x consists of `slots` blocks of `width`
+    columns. After the sum over ranks, its blocks are then added to each other in their order: (s0 + s1) + s2 ...
 
     Attributes:
         group: numbers of the ranks.
-        wire: number format in which values are sent between ranks. Each x is rounded to it before the sum, and the sum
-            is rounded to it before it is sent back.
-        slots: number of blocks of `width` columns that x has; 1: x is as wide as out. After the sum over ranks, the
-            blocks are added to each other in their order: (s0 + s1) + s2 ... Experts that may move between ranks use
-            several slots: one rank has the values of a block and the others have zeros there, so `out` has the same
-            bits whichever rank computes the block.
+        wire: number format in which values are sent between ranks. Each x is rounded to it before the sum over ranks,
+            and this sum is rounded to it. If `slots` is above 1, the sum of the blocks is rounded to it, too.
+        slots: number of blocks of columns in x. It is above 1 for experts that may move between ranks: one rank has the
+            values of a block and the others have zeros there. So `out` has the same bits whichever rank computes the
+            block.
     """
 
     x: str = operand()

@@ -108,9 +108,9 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 class Map(Op, kind="map"):
     """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
 
-    out has the shape of a. b and c have the shape of a, or the same number of rows and fewer columns. A single column
-    of b or c is used for all columns of a. If there are n columns, a's columns are divided into n equal runs, such as
-    heads, and each column is used for one run.
+    out has the shape of a. b and c each have the shape of a, or as many rows as a and fewer columns. If b or c has n
+    columns, fewer than a, the columns of a are divided into n runs of equal length, such as heads. Column i of b or c
+    is then used for all columns of run i. n = 1: the single column is used for all columns of a.
     """
 
     elementwise: ClassVar[bool] = True

@@ -97,7 +97,7 @@ class Linear(Op, kind="linear"):
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """The tuple (w,) if `glu` is set, else (). A device stores a gate row and an up row of w in turn."""
+        """The tuple (w,) if `glu` is set, else (). In a device's memory, gate rows of w alternate with up rows."""
         return (self.w,) if self.glu else ()
 
     def shapes(self, t: Tensors) -> Results:

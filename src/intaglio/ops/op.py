@@ -52,7 +52,7 @@ def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 
 class OpError(ValueError):
-    """Raised for an op whose operands or attributes do not fit.
+    """Raised for an op with an operand or attribute that is not allowed, such as an operand of a wrong shape.
 
     The message has the op's site (name), the wrong value and what is allowed.
     """
@@ -154,15 +154,17 @@ def operand(
     keys: bool = False,
     up: str = "",
 ) -> Any:
-    """Declare a field of an op's class for a tensor that the op reads or for state. Returns a dataclasses.field().
+    """Declare a field of an op's class that names an operand: a tensor that the op reads, or a state tensor.
 
-    Raises TypeError for an unknown use or access, or an access that does not fit the use.
+    Returns a dataclasses.field(). Raises TypeError for an unknown use or access, or an access that the use does not
+    allow.
 
     Args:
         use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
             layout and state tracking from it.
         optional: True if the field may be None.
-        access: "read"; "write" for state in pages that the op writes; "update" for state in slots.
+        access: "read" if the op only reads the tensor; "write" if the op writes state in pages (K/V caches); "update"
+            for every state in slots (recurrent state).
         exact: True if the product that computes this operand must keep its stored weight format and read x unrounded,
             because a rounding error would change a choice (expert routing).
         keys: True if attention reads this cache as keys, so a device may store it transposed.
@@ -294,9 +296,10 @@ class Op:
         Tensors come in the order of `uses`, then of the op's fields. An optional operand that is None is left out.
 
         Args:
-            uses: keys of USES, such as "matrix" (a weight that is multiplied); none: all of them.
-            facts: further conditions: arguments of operand(), such as access="read", with which a field must have been
-                declared.
+            uses: keys of USES, such as "matrix" (a weight that is multiplied). If no use is given, operands of every
+                use are returned.
+            facts: arguments of operand(), such as access="read". An operand is returned only if its field was declared
+                with all of them.
         """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)
@@ -333,9 +336,9 @@ class Op:
     def interleaved(self) -> tuple[str, ...]:
         """A tuple of the names of the op's gate and up matrices; () for an op without a gated product.
 
-        A device stores a gate row and an up row in turn, so that it can compute both products in one pass. The
-        matrices are those of the property `gates`; biases are left out. The class Linear overrides it, because there
-        one weight holds both gate and up.
+        In the memory of a device, rows of the gate matrix alternate with rows of the up matrix, so that both products
+        are computed in one pass. The matrices are those of the property `gates`; biases are left out. The class Linear
+        overrides this property, because its ops have one weight that holds both the gate and the up matrix.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)
@@ -399,8 +402,8 @@ class Op:
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
         """Returns the op's Work: `flops` operations, and the bytes of all its operands and results.
 
-        This holds for an op that reads each operand once and writes each result once. Bytes of state tensors, and of
-        the tensors named in `leave`, are not counted.
+        Use it for an op that reads each operand once and writes each result once. Bytes of state tensors, and of the
+        tensors named in `leave`, are not counted.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):

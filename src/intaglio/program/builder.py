@@ -90,7 +90,7 @@ class Builder:
             role: role of the result tensors, "temp" or "output".
             fields: further fields of the op by name: optional operands, attributes, and names for its results.
 
-        Raises OpError if the operands do not fit.
+        Raises OpError if an operand or attribute of the op is not allowed, for example an operand of a wrong shape.
         """
         results = cls.named("result")
         names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}

@@ -138,8 +138,9 @@ class CollectiveMatcher:
     def receive(self, rank: int, op: Recv) -> str | None:
         """Match `op`, a Recv on `rank`, with the oldest unreceived tensor that rank `op.peer` has sent to `rank`.
 
-        Returns "" if the send and the receive fit. Returns None if there is no such tensor yet. Returns an error
-        message, naming ranks and sites (names of ops), if the two do not fit.
+        Returns "" if the tensors of the send and of the receive have the same shape and the same format on the wire.
+        Returns an error message, naming ranks and sites (names of ops), if they differ. Returns None if there is no
+        unreceived tensor yet.
         """
         messages = self.messages.get((op.peer, rank))
         if not messages:

@@ -73,14 +73,15 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """Returns a tuple of source texts for a weight of a rank whose experts change from `held` to `wanted`.
+    """Returns a tuple of source texts that read the matrices `wanted` of a stack.
 
-    The weight is a stack with one matrix for each expert. A source text names checkpoint tensors, and says how
-    to cut or transpose them. The tuple has one text for each run of consecutive numbers in `wanted`. Each text has the
-    transpositions and the cuts of rows or columns of sources[0].
+    It is called when a rank gets other experts than before: the stack is a weight with one matrix for each expert. A
+    source text names checkpoint tensors, and says how to cut or transpose them. The tuple has one text for each run
+    of consecutive numbers in `wanted`. Each text makes the same transpositions, and cuts the same rows or columns, as
+    sources[0].
 
     Args:
-        sources: source texts that read the matrices `held`. Only the first text is used as a template.
+        sources: source texts that read the matrices `held`. Only the first text is used.
         held: numbers of the matrices that `sources` read, ascending.
         wanted: numbers of the matrices that the result is to read, ascending.
         total: number of matrices in the whole stack.
@@ -288,11 +289,12 @@ def _cut_columns(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """Returns the cut of a quantised matrix's scales that matches a cut of its columns, as a tuple of one text.
+    """Returns which scales of a quantised matrix are kept if some of its columns are kept: a tuple of one text.
 
-    A cut "cA:B/N" keeps columns A to B - 1 of every N. Each scale is shared by `group` columns: with `group` 32,
-    "c96:192/384" gives ("c3:6/12",). Returns () if a group is the whole row, so that all scales are kept. Returns None
-    if the kept range begins or ends inside a group.
+    `step` is a text "cA:B/N", which keeps columns A to B - 1 of every N. The result has the same form and keeps
+    columns of the matrix of scales. Each scale is shared by `group` columns: with `group` 32, "c96:192/384" gives
+    ("c3:6/12",). Returns () if a group is the whole row, so that all scales are kept. Returns None if the kept range
+    begins or ends inside a group.
 
     Args:
         step: the cut of columns, as text.

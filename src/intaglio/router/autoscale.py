@@ -69,12 +69,12 @@ class Autoscaler:
         return replicas
 
     def _enough_without_one(self, serving: list[Replica], paces: Mapping[str, Pace]) -> bool:
-        """True if one of the replicas `serving` could be removed.
+        """True if one of the replicas `serving` could be removed; always False for fewer than two replicas.
 
-        The remaining replicas must have room for all running sequences. Their mean step, with more sequences than now,
-        must take at most SLOWER times as long as the mean step takes now. False for fewer than two replicas.
+        There are two conditions. The remaining replicas must have room for all running sequences. And when they share
+        these sequences, their mean step must take at most SLOWER times as long as the mean step takes now.
 
-        serving: the replicas that serve now. paces: their Pace by name.
+        serving: the replicas that serve now. paces: {name of a replica: its Pace}, which gives the time of its steps.
         """
         n, sequences = len(serving), sum(r.sequences for r in serving)
         if n < 2 or sequences > sum(r.report.max_sequences for r in serving) * (n - 1) / n:

@@ -26,7 +26,7 @@ class LoadReport:
         waiting: number of choices that wait in the replica.
         kv_usage: fraction of the K/V cache in use, 0 to 1.
         draining: True if the replica takes no new requests.
-        steps: StepFit of the times of its latest steps.
+        steps: StepFit, a linear model of its step times, fitted to its latest steps.
         max_sequences: maximum number of choices that run at the same time.
         max_batch_tokens: maximum number of token rows of a step.
         prompt_tokens: number of prompt tokens since the replica's start.
@@ -92,10 +92,16 @@ class Replica:
     def has_room(self) -> bool:
         """True if the router may give the replica one more job now.
 
-        A ready replica without jobs always has room. Any other has room until it has its maximum number of sequences,
-        or prompts to compute for PREFILL_STEPS steps. If sequences wait inside the replica for room in its K/V cache,
-        it is given only one sequence more than fit into the cache. Other jobs wait in the router: before they could
-        start, blocks of their prefix may be evicted there, and another replica may become the better choice.
+        A placeable replica without jobs always has room. A placeable replica with jobs has room if it meets three
+        conditions:
+
+        - It has fewer sequences than its maximum.
+        - The prompt tokens that it still has to compute fill less than PREFILL_STEPS steps.
+        - If sequences wait inside the replica for room in its K/V cache: it has no more sequences than fit into the
+          cache.
+
+        Jobs without room wait in the router, where they may still go to another replica. If they waited in the replica,
+        it might evict the blocks of their prefix before they start.
         """
         if not self.placeable:
             return False

@@ -39,8 +39,8 @@ class Limits:
 class Placement:
     """Decision of the router to place `job` on a replica.
 
-    `replica` is the replica's name. `estimate` is the Estimate of the job's times there, which was compared with those
-    of the other replicas.
+    `replica` is the replica's name. `estimate` is the Estimate of the job's times on this replica. The router has
+    chosen the replica by comparing the Estimates of all replicas.
     """
 
     job: Job
@@ -148,8 +148,9 @@ class Router:
         admitted in these cases:
 
         - No replica serves.
-        - Too many jobs wait, in all or of the job's tenant.
-        - By the estimate, the job would miss its `start_by` or `deadline`.
+        - The queue is full: max_queued jobs wait.
+        - The queue is at least half full, and the job's tenant has its full share of waiting jobs.
+        - The router estimates that the job would miss its `start_by` or `deadline`.
 
         now: the time in seconds.
         """
@@ -276,8 +277,8 @@ class Router:
         """Returns the Pace (step-time model) of each replica, as a dict by the replica's name.
 
         It is computed from the step times that the replicas of the same role have reported. A replica without recent
-        measurements (see Replica.pace_is_recent()) gets the Pace of the fastest replica of its role. Otherwise a
-        replica that once was slow would be given no jobs, and would never be measured again.
+        measurements (see Replica.pace_is_recent()) gets the Pace of the fastest replica of its role. Without this rule,
+        a replica that once was slow would be given no jobs, and would never be measured again.
         """
         if self._paces is None:
             self._paces = paces(self.replicas.values())

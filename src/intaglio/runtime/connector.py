@@ -38,7 +38,7 @@ class TierCounts:
         hits: blocks that were loaded into an engine's pool.
         misses: blocks that an engine looked for and the tier did not have.
         corrupt: blocks that the tier had, but that failed a check: wrong checksum, length or name, or of another model.
-        late: blocks that an engine no longer waited for, because no further block had come in time.
+        late: blocks that had not arrived when an engine gave up a transfer. It gives up if no block arrives for a time.
         saved: blocks that were written to the tier.
         dropped: blocks that were not saved, because earlier blocks were still being written or writing had just failed.
         evicted: blocks that were deleted to make room for others.

@@ -98,8 +98,8 @@ class ExpertBalancer:
     def count(self) -> None:
         """Read from the device how many tokens each expert has got, and store the numbers in `loads`. Returns nothing.
 
-        They include the tokens that were counted on earlier devices, since lost. Raises DeviceLost if the device is
-        lost.
+        The numbers include tokens that were counted on earlier devices, which have been lost and replaced. Raises
+        DeviceLost if the present device is lost.
         """
         for site, load in self.launcher.between_steps(lambda device: device.expert_loads()).items():
             base = self._base.get(site, np.zeros_like(load.tokens))

@@ -14,7 +14,7 @@ from intaglio.runtime.request import TokenIds
 
 
 class KvError(RuntimeError):
-    """Raised for a pool without blocks, if too few blocks are available, or for a block that is not held."""
+    """Raised if a pool has too few blocks, if too few are available, or if a block that must be held is not held."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class CachedBlock:
 class BlockPool:
     """Allocator of `total` K/V blocks of `block_size` tokens, with reference counts and a prefix cache.
 
-    Blocks are numbered from 0. A block is in one of three states. It is free, or it is held by one or more sequences,
-    which its reference count counts, or it is evictable. An evictable block is held by no sequence, but it stays in the
-    prefix cache until its room is needed.
+    Blocks are numbered from 0. Each block is free, held or evictable. A held block is used by one or more sequences,
+    and its reference count is their number. An evictable block is used by no sequence, but it stays in the prefix cache
+    until its room is needed.
 
     The prefix cache finds a full block by its name, a hash of all tokens from the sequence's start to the block's end
     and of the request's cache salt (see BlockNames). So a block is found only for exactly the same tokens and the same

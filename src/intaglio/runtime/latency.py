@@ -109,7 +109,7 @@ class LatencyEstimator:
         self.mean_sampled += (sampled - self.mean_sampled) / self.steps.weight
 
     def forget_steps(self) -> None:
-        """Forget all steps observed so far. What was observed of requests is kept. Returns nothing."""
+        """Forget all steps observed so far. `output_length` and `slowdown` are kept. Returns nothing."""
         self.steps, self.mean_sampled = StepFit(), 0.0
 
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:

@@ -79,10 +79,11 @@ class Launcher:
     def run(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Iterator[Completed]:
         """Launch a step, wait for it, and yield it as a Completed.
 
-        If the step fails, it is split and retried, so that several Completed may be yielded. None is yielded if every
-        sequence's grammar fails or if every retry fails. Raises DeviceLost if the device is lost.
+        If the step fails, it is split and retried, so that several Completed may be yielded. Nothing is yielded if
+        every sequence's grammar fails or if every retry fails. Raises DeviceLost if the device is lost.
 
-        scheduled: the sequences of the step. retried: True for the second attempt for a single sequence.
+        scheduled: the sequences of the step. retried: True for the second attempt to run a single sequence whose step
+        failed.
         """
         if launch := self.launch(scheduled, retried):
             yield from self.complete(launch)

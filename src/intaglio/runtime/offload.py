@@ -173,9 +173,9 @@ class Offload:
     def touch(self, blocks: list[int]) -> list[int]:
         """Tell the tier that a sequence uses the given blocks now, so that it evicts other blocks first.
 
-        Returns a list of the numbers in `blocks` whose blocks are in the prefix cache; [] if there is no tier. Called
-        when a sequence starts and again when it ends, because blocks saved in between were not in the tier at its
-        start.
+        Returns a list of the numbers in `blocks` whose blocks are in the prefix cache; [] if there is no tier. The
+        engine calls this when a sequence starts and again when it ends. The second call is for blocks that were saved
+        to the tier while the sequence ran.
 
         blocks: numbers of the blocks.
         """

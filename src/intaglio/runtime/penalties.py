@@ -11,9 +11,9 @@ from intaglio.runtime.request import SamplingParams
 
 
 class Penalties:
-    """Computes the changes of one sequence's logits by penalties and logit biases.
+    """Computes how penalties and logit biases change the logits of one sequence.
 
-    It counts the output tokens, on which the penalties depend.
+    The object counts the sequence's output tokens, because penalties depend on them.
     """
 
     def __init__(self, p: SamplingParams, prompt: Iterable[int]) -> None:

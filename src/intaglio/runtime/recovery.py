@@ -64,7 +64,7 @@ class Recovery:
         loss is counted for this sequence. After MAX_DEVICE_LOSSES_PER_SEQUENCE such losses without a sampled token, the
         sequence ends in error.
 
-        why: text of this error.
+        why: reason for the loss, which becomes part of the error's text.
         """
         in_flight = self.launcher.in_flight
         alone = len(in_flight) == 1 and self.launcher.lost_in_step

@@ -119,7 +119,8 @@ class SamplingParams:
         seed: the same seed gives the same tokens, whatever other requests run; None for a random seed. Choice i has the
             seed `seed` + i.
         n: number of choices (outputs) to generate for the prompt.
-        min_tokens: number of tokens before which no end of sequence, token of `stop_token_ids` or stop string may come.
+        min_tokens: minimum number of tokens of the output. None of the first `min_tokens` tokens is an end-of-sequence
+            token or in `stop_token_ids`, and a stop string that is complete within them does not end the output.
         allowed_token_ids: only these ids may be sampled; None for all.
         bad_words: texts that must not be generated. The last token of a text is not sampled after the text's other
             tokens.

@@ -45,8 +45,8 @@ class Scheduler:
     Both queues are in order of (priority, arrival). A running sequence holds K/V blocks for all its tokens; a waiting
     sequence holds none. If a sequence needs a block and none is available, the last running sequence is preempted: it
     goes back to waiting and is recomputed later. Running sequences are also preempted for a waiting sequence of better
-    priority. A sequence never preempts a sequence before it, and admission checks that each single sequence fits. So
-    the first running sequence always finishes.
+    priority. A sequence never preempts a sequence before it, and a request is admitted only if there are enough
+    blocks for each of its sequences alone. So the first running sequence always finishes.
 
     If the model has recurrent state, each running sequence also holds two slots for its state, from the SlotPool
     `slots`. So the slots limit the number of running sequences, too. Sequences share blocks only up to a position at
@@ -108,8 +108,8 @@ class Scheduler:
     def spare_block(self) -> int:
         """Returns the number of a K/V block that the test step on a replaced device may overwrite.
 
-        The block is not allocated. First the blocks of rejected drafts are freed. Then the last running sequence is
-        preempted as long as no block is available.
+        The block is not allocated. First the blocks of rejected drafts are freed. Then running sequences are preempted,
+        the last one first, until a block is available.
         """
         for sequence in self.running:
             self.update_blocks(sequence)
@@ -224,9 +224,10 @@ class Scheduler:
     def _computed_by_another(self, sequence: Sequence, tokens: list[int], known: int) -> bool:
         """True if a waiting sequence should not start yet, since a running one is about to compute K/V blocks for both.
 
-        This is so if the running sequence has not yet computed the first K/V block that the waiting sequence lacks, and
-        has the same tokens in at least half of the lacking blocks. If the waiting sequence started now, these tokens
-        would be computed twice. Always False for models with recurrent state.
+        The waiting sequence lacks the K/V blocks after the first `known` ones. The result is True if a running sequence
+        has the same tokens up to the middle of these blocks or further, and has not yet computed the first of them. If
+        the waiting sequence started now, these tokens would be computed twice. Always False for models with recurrent
+        state.
 
         Args:
             sequence: the waiting sequence.

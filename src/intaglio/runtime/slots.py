@@ -19,16 +19,17 @@ class SlotPool:
     """Allocator of `total` slots of recurrent state, with reference counts and checkpoints.
 
     Slots are numbered from 0. A checkpoint is a state that is saved for the prefix cache: the state at the end of a K/V
-    block, saved under the block's name. A slot is in one of three states. It is free, or it is held by one or more
-    sequences, which its reference count counts, or it is evictable. An evictable slot is held by no sequence, but keeps
-    its checkpoint until the slot is needed.
+    block, saved under the block's name. A slot is in one of three states. It is free, or it is held by as many
+    sequences as its reference count says, or it is evictable. An evictable slot is held by no sequence, but keeps its
+    checkpoint until the slot is needed.
 
     A model without recurrent state has a pool of 0 slots. Raises SlotError if `total` is above 0 and too small for one
     sequence.
 
     Attributes:
         refcounts: for each slot, the number of sequences that hold it.
-        free: numbers of the free slots, as a stack: slot 0 is allocated first, later the slot freed last.
+        free: numbers of the free slots, as a stack. Its last item is allocated next: at the beginning slot 0, later the
+            slot that was freed most recently.
         evictable: numbers of the evictable slots in order of release; the first is evicted first.
         checkpoints: dict from a block's name (see BlockNames) to the slot with the state at the block's end.
         named: dict from a slot to the block's name, the reverse of `checkpoints`.

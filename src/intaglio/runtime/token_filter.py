@@ -13,7 +13,7 @@ from intaglio.runtime.request import Request, TokenIds
 
 
 class TokenFilter:
-    """Computes which token ids a request allows next, by its min_tokens, allowed_token_ids and bad_words.
+    """Computes the token ids that a request's min_tokens, allowed_token_ids and bad_words allow as the next token.
 
     A mask is uint32 [(vocabulary + 31) // 32], lowest bit first; a bit of 1 means allowed. The filter keeps no state,
     so all choices of a request share one filter.

@@ -96,9 +96,10 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
     """Returns a dict of variables for the chat template: chat_template_kwargs, `documents`, and hints of the request.
 
-    A hint, such as reasoning_effort, is a request field that may stay without effect. A hint does not replace a
-    variable that chat_template_kwargs sets. If the template reads enable_thinking but not reasoning_effort, the hint
-    reasoning_effort becomes the variable enable_thinking: False for "none", True for any other value.
+    A hint is a request field, such as reasoning_effort, that has no effect if the template does not read it. A hint
+    does not replace a variable that chat_template_kwargs sets. If the template reads enable_thinking but not
+    reasoning_effort, the hint reasoning_effort becomes the variable enable_thinking: False for "none", True for any
+    other value.
 
     Args:
         template: text of the chat template.

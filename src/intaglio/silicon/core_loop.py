@@ -28,8 +28,9 @@ class Transfer:
         place: key of the tile that it moves, under which the L2 holds the tile. None: the L2 does not hold it, because
             the tile's rows are addressed by index.
         writes: True for a store.
-        lines: bytes of the L2's lines that the tile alone touches, as the L2 moves whole lines. None: `bytes`.
-        edges: keys of the other lines that it touches, which have bytes of other tiles too.
+        lines: number of bytes in the L2 lines that hold parts of this tile and of no other tile. It may be more than
+            `bytes`, because the L2 moves whole lines. None: the number is `bytes`.
+        edges: keys of the L2 lines that hold parts of this tile and of other tiles.
         latency_s: seconds from the end of the transfer until its result can be used.
         ready: for a load, the time when the L2 has the whole tile; 0.0 for a store.
         end: the time when the transfer ends.
@@ -163,7 +164,7 @@ class CoreLoop:
 
 
 class Move(NamedTuple):
-    """A load or store of a Step. The attributes are those of Transfer."""
+    """A load or store of a Step. Each attribute has the same meaning as in Transfer."""
 
     bytes: float
     place: Hashable | None = None
@@ -182,15 +183,18 @@ class Step:
         stores: the stores, in order. They start after the vector lanes have ended.
         fill_s: seconds in which the load engine sets tiles to a constant.
         in_place: True if the stores read the tiles that were loaded. These tiles are then free only after the stores.
-        early_s: seconds of the vector lanes for what they compute from the first `early` loads alone, before the rest.
-        early: number of these loads.
-        begins: True for the first step of a job whose first `early` loads, and whose fill, go to rings of `depth` tiles
-            for each job. They wait for the job `depth` places before: the loads until it is computed, the fill until it
-            is stored. The other loads wait for the step `depth` places before. False: all wait for that step.
-        fill_at: number of loads before the fill.
-        late_fill_s: seconds in which the load engine sets a tile to a constant that the step before reads, and so waits
-            until that step is computed. It does so after the other fill.
-        drain_s: the first part of lanes_s, after which the array may overwrite the accumulator. 0: all of lanes_s.
+        early_s: seconds of the vector lanes for work that needs only the first `early` loads. It comes before the work
+            of lanes_s.
+        early: number of loads that the work of early_s needs.
+        begins: True for the first step of a job, if its first `early` loads and its fill go to tiles that the job uses
+            in all of its steps. `depth` jobs in turn have such tiles. These loads wait until the job `depth` places
+            before is computed, and the fill waits until that job's results are stored. The step's other loads wait for
+            the step `depth` places before. False: all loads and the fill wait for the step `depth` places before.
+        fill_at: number of loads that come before the fill.
+        late_fill_s: seconds in which the load engine sets one more tile to a constant, after the fill of fill_s. It
+            first waits until the step before is computed, because that step reads the tile.
+        drain_s: seconds from the start of the work of lanes_s until the matrix array may overwrite the accumulator. 0:
+            the array waits for the end of lanes_s.
     """
 
     loads: tuple[Move, ...] = ()
@@ -208,7 +212,10 @@ class Step:
 
 
 def until(times: Sequence[float], number: int) -> Generator[None, None, float]:
-    """Yield None until times[number] is known, and return it. Below 0 the time is 0.0."""
+    """Wait until times[number] is known, and return it; 0.0 if `number` is below 0.
+
+    This generator yields None while it waits.
+    """
     while len(times) <= number:
         yield None
     return times[number] if number >= 0 else 0.0

@@ -18,7 +18,7 @@ FORMATS = ("f32", "bf16", "f16", "e4m3", "int8", "int4", "i32")  # of formats.EL
 
 
 class MachineError(RuntimeError):
-    """Raised for instructions that the hardware would refuse or get wrong: overflow, race, deadlock, bad index."""
+    """Raised for an instruction that hardware would refuse or execute wrongly: overflow, race, deadlock, bad index."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Region:
     def shaped(self, rows: int, cols: int) -> Region:
         """Returns a Region [rows, cols] with the same address and format as this one, and no gaps between rows.
 
-        It may be smaller than this region, or have a different number of columns. Its size is not checked.
+        The result may be smaller than this region, or have a different number of columns. Nothing checks that it lies
+        within this region.
         """
         return dense(self.space, self.address, rows, cols, self.format)
 

@@ -35,7 +35,7 @@ class TileLoop:
     Attributes:
         jobs: number of jobs of all cores together.
         load: bytes that a job loads.
-        work_s: seconds that a job computes on the vector lanes.
+        work_s: seconds that a job computes on the vector lanes; without `worked`, each piece takes as long.
         read_s: seconds from the start of the computation until the job's tile may be overwritten; 0: all of work_s.
         store: bytes that a job stores.
         depth: number of tile buffers that a core has for loads; it has as many for results. This is also the largest
@@ -50,9 +50,9 @@ class TileLoop:
         one_ring: True if all pieces use the same `depth` buffers in turn.
         wait_s: minimum seconds from the end of a job's load until its tile can be used.
         loads: number of load instructions of a piece.
-        loaded: of each piece, the part of the job's bytes that it loads, if not that of `pieces`. A piece that loads
-            nothing computes from what the pieces before it have loaded.
-        worked: of each piece, the part of work_s that it computes; (): each piece computes work_s.
+        loaded: fraction of the job's bytes that each piece loads; (): the fractions in `pieces`. A piece that loads
+            nothing computes on what earlier pieces have loaded.
+        worked: fraction of work_s and read_s that each piece takes; (): each piece takes all of work_s.
     """
 
     jobs: int
@@ -91,9 +91,10 @@ class TileLoop:
         The seconds are from the first load to the last store, without launch overhead. A model of the L2 decides which
         accesses miss; load_missed and store_missed are not used.
 
-        A loop that exceeds the L2 is simulated only for some numbers of jobs: those that followed_jobs() lists, and
-        FINER times as many if it is short or just exceeds the L2. For a number between two of these the result is
-        interpolated, so that more jobs never take less time.
+        If the loop exceeds the L2, not every number of jobs is simulated. Simulated are the numbers that
+        followed_jobs() yields, up to the first that is at least self.jobs. The result is interpolated between the last
+        two of them. If the loop is short or just exceeds the L2, the interval between these two is first divided into
+        FINER smaller intervals. More jobs never take less time.
 
         source: where the operands are before the loop; see the class L2.
         """
@@ -102,7 +103,7 @@ class TileLoop:
         kept = int(capacity / (self.store + self.load * (source != "gathered")))  # jobs without evictions
 
         def usual(jobs: int) -> float:
-            """Returns the seconds of this loop with `jobs` jobs, if the L2 evicted nothing."""
+            """Returns the seconds that this loop would take with `jobs` jobs and an L2 that evicts nothing."""
             return replace(self, jobs=jobs, load_missed=float(source != "l2")).seconds(target)
 
         if self.jobs <= kept:
@@ -131,9 +132,10 @@ class TileLoop:
 
 
 def followed_jobs(kept: int, cores: int) -> Iterator[int]:
-    """Yields the numbers of jobs that through_l2() simulates, in ascending order. It interpolates between them.
+    """Yields numbers of jobs in ascending order: those for which TileLoop.through_l2() simulates a loop.
 
-    All are above `kept`: a loop with so many jobs exceeds the L2.
+    For other numbers of jobs, through_l2() interpolates. All yielded numbers are above `kept`, so the loops exceed the
+    L2.
 
     kept: largest number of jobs whose data fit the L2. cores: number of cores.
     """
@@ -202,11 +204,11 @@ class _Core:
         self.waited = 0.0  # seconds in which the core loaded nothing before its latest job
 
     def excess(self, users: int, size: float, missed: float, written: float) -> float:
-        """Bytes that HBM moves for a transfer of the slowest core, in addition to the mean of the cores.
+        """Returns how many more bytes HBM moves for the slowest core's transfer than for that of an average core.
 
-        The lines that miss the L2, and the lines among those evicted that are dirty, are random. The largest sum of
-        them is some standard deviations above the mean. With a single tile a core that is late has the bandwidth of
-        the cores that wait, so there is no excess.
+        Which lines miss the L2 is random, and so is which evicted lines are dirty. For the slowest core, the number of
+        lines that HBM moves is therefore some standard deviations above the mean. Returns 0 if each core has a single
+        tile buffer: a late core then gets the bandwidth of the cores that wait.
 
         Args:
             users: number of cores that make the transfer.
@@ -220,10 +222,13 @@ class _Core:
         return LINE * self.deviations * (sqrt(self.variance) - sqrt(before)) if self.loop.depth > 1 else 0.0
 
     def saved_s(self, share: float) -> float:
-        """Seconds that a load takes less than if all cores loaded at the same time. share: bytes/s of HBM for a core.
+        """Returns the seconds by which a load is shorter than it would be if all cores loaded at the same time.
 
-        Misses are random, so cores drift apart. While one waits, others have its bandwidth: the more, the further they
-        are apart. Cores with a single tile wait after every load, and so are apart from the first round on.
+        Misses are random, so cores drift apart: while one core waits, others use its share of the bandwidth. The
+        further they are apart, the more time is saved. Cores with a single tile buffer wait after every load, so they
+        are apart from the first round on. Returns 0 if there is no model of the L2, or if its source is not "l2".
+
+        share: bytes/s of HBM for one core if all cores load at the same time.
         """
         if self.l2 is None or self.l2.source != "l2":
             return 0.0

@@ -74,9 +74,9 @@ class Timeline:
     def spent_on(self) -> dict[str, float]:
         """Divide the step's seconds among its bottlenecks. Returns a dict {name of an engine or memory: seconds}.
 
-        The bottleneck of an op is the engine or memory that it keeps busy longest, and gets this busy time. If the op
-        stalled on HBM, HBM gets it instead. The rest of the op's time counts as "launch, ramps and tails". All items
-        sum to the time of the step.
+        The bottleneck of an op is the engine or memory that is busy longest during the op. Its busy seconds are added
+        to the dict under its name; if the op stalled on HBM, they are added under "HBM" instead. The op's other seconds
+        are added under "launch, ramps and tails". The values of the dict sum to the time of the step.
         """
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
@@ -135,8 +135,8 @@ class Timeline:
     def report(self, format: str) -> str:
         """Returns one line of text for a user, with the bottlenecks and the utilization of FLOP/s, HBM and links.
 
-        It also has bytes moved, and the fraction of the time for each kind of op. Without ops the text is "the step has
-        no ops". Raises ChipError if the chip's matrix array does not multiply `format`.
+        The line also has the bytes moved, and for each kind of op its fraction of the time. Without ops the text is
+        "the step has no ops". Raises ChipError if the chip's matrix array does not multiply `format`.
 
         format: number format, such as "e4m3", whose peak FLOP/s are taken as 100 %.
         """

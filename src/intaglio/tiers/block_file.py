@@ -72,7 +72,8 @@ def check_block(
     """Check the bytes of a K/V block's file. Returns the block's contents, uint8 [block_bytes].
 
     Args:
-        held: the file's first bytes, uint8 [n]; more bytes than this block's file must have are not needed.
+        held: the file's bytes, uint8 [n]. If the file is longer than a file of this block must be, only its first bytes
+            are needed, as many as a file of this block has.
         size: number of bytes of the whole file.
         where: name of the file for error messages.
         scope: BlockScope of the engine's blocks.

@@ -168,13 +168,13 @@ class BlockClient:
         self.socket.sendall(COUNT.pack(len(names)) + b"".join(map(bytes.fromhex, names)))
 
     def answers(self, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Receive the blocks that ask() requested. Yields (contents, size) of each, up to the first that is missing.
+        """Receive the requested blocks. Yields (contents, size) of each block before the first that the server lacks.
 
         `contents` is the block's file, uint8 [size]. If the server announces a size that differs from `sizes`, the pair
         is (uint8 [0], announced size); the block is then not received, and the connection cannot be used any more.
         Raises OSError if the connection fails.
 
-        sizes: for each requested block, the number of bytes that its file must have.
+        Call ask() first. sizes: for each block in that request, the number of bytes that its file must have.
         """
         for wanted in sizes:
             [size] = SIZE.unpack(self._receive(SIZE.size).tobytes())

@@ -48,7 +48,7 @@ class NoRoom(Exception):
 
 
 class BlockDirectory:
-    """A folder with the files of K/V blocks. The least recently used files are deleted if they exceed the budget.
+    """A folder with the files of K/V blocks. If they together exceed the budget, the least recently used are deleted.
 
     One thread may write; any thread may read. The folder is made at the first write, with access for this user only.
     The attribute `leases` (a Leases) protects blocks from eviction for a time.

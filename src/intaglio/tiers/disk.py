@@ -21,7 +21,8 @@ class DiskTier(StoreTier):
         folder: the directory; it is made if it does not exist.
         budget: largest number of bytes of all files there together.
         scope: BlockScope of the engine's blocks; blocks of another scope are never returned.
-        report: function called with a message for the operator, once for each kind; by default it issues a warning.
+        report: function that is called with a message for the operator. Only the first message of each kind is
+            reported. By default the function issues a warning.
     """
 
     def __init__(

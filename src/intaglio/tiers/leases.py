@@ -86,9 +86,9 @@ class Leases:
             self._file(lease).unlink()
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Returns a frozenset of the names of the blocks that a lease protects; None if it has ended or never existed.
+        """Returns a frozenset of the names of the blocks that a lease protects; None if there is no such lease.
 
-        A lease whose file is damaged counts as none. lease: id of the lease.
+        It is None if the lease has ended or never existed, or if its file is damaged. lease: id of the lease.
         """
         try:
             return self._read(self._file(lease))

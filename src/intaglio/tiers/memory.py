@@ -113,7 +113,7 @@ class BlockMemory:
         return check_block(held, len(held), self.where, scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview], parent: str = "") -> int:
-        """Store a block's bytes, replacing a block of the same name. Returns the number of blocks deleted for it.
+        """Store a block's bytes, replacing a block of the same name. Returns the number of blocks deleted to make room.
 
         If the budget is exceeded, the least recently used blocks that no lease protects are deleted, until the new
         block fits and, where possible, 1 / ROOM of the budget is free. Raises NoRoom, and does not keep the new block,

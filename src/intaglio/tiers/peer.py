@@ -76,7 +76,8 @@ class PeerTier(StoreTier):
         address: TcpAddress at which this tier gives its blocks to peers, with the token that all peers know.
         budget: largest number of bytes of the blocks in memory.
         scope: BlockScope of the engine's blocks; blocks of another scope are never returned.
-        report: function called with a message for the operator, once for each kind; by default it issues a warning.
+        report: function that is called with a message for the operator. Only the first message of each kind is
+            reported. By default the function issues a warning.
 
     Raises OSError, which names the address, if the tier cannot listen there.
     """

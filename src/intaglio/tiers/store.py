@@ -138,7 +138,8 @@ class StoreTier:
     Args:
         store: the store that keeps the blocks.
         scope: BlockScope of the engine's blocks; blocks of another scope are never returned.
-        report: function called with a message for the operator, once for each kind.
+        report: function that is called with a message for the operator. Only the first message of each kind is
+            reported.
         readers: number of threads that read.
     """
 

@@ -40,7 +40,8 @@ def shard(
             weights.
 
     Raises LayoutError in these cases: heads, experts or layers cannot be divided this way; an op has no sharding rule;
-    a group would be split; the layout's `sums` is above `tp` and the Program has sums of routed experts.
+    a group would be split; the layout's `sums` (see Layout) is above its `tp`, and the Program adds results of routed
+    experts.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
     sites = {op.site for op in program.ops if isinstance(op, Experts)}
@@ -61,11 +62,16 @@ def shard(
 def _parts(program: Program, tp: int, coded: Set[str]) -> dict[str, list[Share]]:
     """Find the ops whose results with `tp` lanes may differ in bits from those with one lane.
 
-    Returns {site of the op: list with the columns of each lane}. Such an op is either a linear of which each lane
-    computes a partial sum, over its columns of x, or an embed of which each lane quantises a part of the table, its
-    columns of the table. The partial sums are added in the order of the lanes in the list. coded: names of the weights
-    whose codes come from a checkpoint. Raises LayoutError if the lanes also divide sums of routed experts, or if the
-    Program cannot be divided among `tp` lanes.
+    Returns {site of the op: list with the columns of each lane}. There are two kinds of these ops:
+
+    - A linear, if each lane computes a partial sum over its columns of x. The partial sums are added in the order of
+      the lanes in the list.
+    - An embed, if each lane quantises its columns of the table.
+
+    coded: names of the weights whose codes come from a checkpoint.
+
+    Raises LayoutError if the lanes also divide sums of routed experts, or if the Program cannot be divided among `tp`
+    lanes.
     """
     layout = Layout(tp)
     lane = Lane(program, make_plan(program, layout), layout, 0, "f32", coded)

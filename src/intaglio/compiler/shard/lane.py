@@ -177,12 +177,14 @@ class Lane:
         self.tensors[name] = t
 
     def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
-        """The weight `t`, with smaller groups if a cut along `axis` would split a group (values that share a scale).
+        """Returns the weight `t`, with smaller groups if a cut along `axis` would split a group.
 
-        Only weights in self.coded, whose codes come from a checkpoint, are changed: with smaller groups they keep these
-        codes, while a split group would have to be quantised anew. Any other weight is returned unchanged. So is a
-        weight whose groups the cut does not split. shares: for each lane, its indices along `axis`. Raises LayoutError
-        if no group size fits.
+        A group is a run of values that share a scale. Only a weight in self.coded, whose codes come from a checkpoint,
+        is changed, and only if the cut splits one of its groups: with smaller groups it keeps the checkpoint's codes,
+        while a split group would have to be quantised anew. In all other cases `t` is returned unchanged.
+
+        shares: for each lane, its indices along `axis`. Raises LayoutError if the weight's format allows no group size
+        that the cut does not split.
         """
         fmt = formats.get(t.format)
         if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:
@@ -206,9 +208,9 @@ class Lane:
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """Add this lane's part of a weight of `op` to the lane's Program. Returns the name of the part in that Program.
 
-        The name is `name`; but if several ops read the weight, it is made from the op's site, since the ops may need
-        different parts. shares: for each lane (rank), its indices along `axis`. Raises LayoutError if the cut would
-        split a group of a quantised weight.
+        If only this op reads the weight, the part is called `name`. If several ops read it, they may need different
+        parts, so the name of the part begins with the op's site. shares: for each lane (rank), its indices along
+        `axis`. Raises LayoutError if the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")

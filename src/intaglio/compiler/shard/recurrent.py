@@ -24,8 +24,13 @@ def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> N
 
     Linear attention is divided by heads, other recurrent ops by channels. The block is all ops between the projections
     into it and the projection out of it. Each of their results is added with the columns of each lane, and each state
-    with its heads or channels. Nothing is added, and every lane runs the whole block, if an op of the block cannot run
-    on a part of its operands, or if two ops need different parts of one tensor.
+    with its heads or channels.
+
+    Nothing is added, and every lane runs the whole block, in three cases:
+
+    - An op of the block cannot run on a part of its operands.
+    - Two ops of the block need different parts of one tensor.
+    - `plan` already has a tensor of the block.
 
     plan: {name: columns or heads of each lane}; changed in place. Raises LayoutError if tp does not fit the number of
     heads or channels.
@@ -55,9 +60,9 @@ def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> N
 def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[Share], list[Share]]:
     """Divide the heads of linear attention among `lanes` ranks. Returns (heads of each rank, q/k groups of each rank).
 
-    Both are lists with one Share for each rank, a tuple of one range of numbers. A group is a q/k head that several
-    heads read. Each rank gets a near-equal number of groups with all heads that read them. If there are more ranks than
-    groups, several ranks have the same group and divide its heads.
+    Both are lists with one Share for each rank. A Share here is a tuple of one range of head or group numbers. A group
+    is a q/k head that several heads read. Each rank gets a near-equal number of groups, with all heads that read them.
+    If there are more ranks than groups, several ranks have the same group and divide its heads.
 
     Args:
         site: the op's site (name), for errors.
@@ -82,12 +87,16 @@ def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[S
 
 
 def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
-    """Divide `width` channels near-equally among `lanes` ranks. Returns a list with a Share (one range) for each rank.
+    """Divide `width` channels among `lanes` ranks as equally as possible. Returns a list with one Share for each rank.
 
-    The channels are `blocks` equal blocks, which are not cut. If `blocks` is 0, ranges end at multiples of 128
-    channels, or else 64 or 32, if this number divides `width` and every rank gets some channels; otherwise they end at
-    any channel. site: the op's site (name), for errors. Raises LayoutError for more ranks than blocks, or than
-    channels.
+    A Share is a tuple of one range of channel numbers. `blocks` says at which channels a range may end:
+
+    - If `blocks` is above 0, the channels consist of this many blocks of equal size. A rank gets only whole blocks.
+    - If `blocks` is 0, a range ends at a multiple of n channels. n is the largest of 128, 64 and 32 that divides
+      `width` and lets every rank have at least n channels. If none of them does, a range may end at any channel.
+
+    site: the op's site (name), for the error. Raises LayoutError if there are more ranks than blocks. If `blocks` is 0,
+    raises LayoutError if there are more ranks than channels.
     """
     if lanes > (blocks or width):
         what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
@@ -102,8 +111,10 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
     and ends at the linears before and after the block. A tensor that is read through views is divided as all its views
     are.
 
-    Returns None if the block cannot be divided: two ops need a tensor divided in different ways, or an op needs a whole
-    operand that cannot be gathered. starts: {tensor of `op` that is divided: columns or heads of each rank}.
+    Returns None if the block cannot be divided. One reason is that two ops need a tensor divided in different ways.
+    Another is that an op needs a whole operand that cannot be gathered.
+
+    starts: {tensor of `op` that is divided: columns or heads of each rank}.
     """
     found: Plan = {}
     todo = list(starts.items())

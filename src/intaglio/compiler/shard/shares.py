@@ -116,7 +116,9 @@ def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
     """The lanes (ranks) that take part in an all_gather with lane number `lane`, as a tuple in order of their columns.
 
     Together these lanes have every column exactly once. Several lanes may have the same columns, for example if K/V
-    heads are copied. Then the first lanes with each share form a group, the second lanes another group, and so on.
+    heads are copied. Then there are several groups: the first group has the first lane with each distinct share, the
+    second group the second lane with each share, and so on.
+
     shares: for each lane, its columns.
     """
     holders: dict[Share, list[int]] = {}

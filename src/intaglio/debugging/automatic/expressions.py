@@ -84,8 +84,9 @@ def equal(a: Any, b: Any) -> bool:
 def solve(field: str, variants: Sequence[Variant], usual: Any = MISSING) -> str | None:
     """Find an expression over config.json that gives a field's traced value in every variant. Returns its source text.
 
-    Returns "" if the value is `usual`, the default of Decoder's field, in every variant. Returns None if no expression
-    in FIRST or from candidates() fits all variants and the value is not constant.
+    Returns "" if the value is `usual`, the default of Decoder's field, in every variant. A value that is equal in all
+    variants can always be written as a constant. Returns None if the value differs between variants and no expression
+    that is tried gives it in all of them.
 
     field: a key of Variant.facts, or several keys joined by dots, such as mixture.width. variants: configurations of
     the tiny model with their traced values.

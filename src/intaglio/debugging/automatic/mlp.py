@@ -26,9 +26,12 @@ def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple
 
     - gated: True if the MLP computes down(activation(gate(x)) * up(x)), False for down(activation(up(x))).
     - activation: name of the activation function.
-    - fused: True if one linear computes gate and up. Then swapped is True if up comes first.
-    - names, down: names of the linears that read `x`, and of the down projection.
-    - transposed, bias: True if the weights are stored transposed, and if the linears have biases.
+    - fused: True if one linear computes gate and up.
+    - swapped: True if up comes before gate in this linear; the key exists only if `fused` is True.
+    - names: names of the linears that read `x`.
+    - down: name of the down projection.
+    - transposed: True if the weights are stored transposed.
+    - bias: True if the linears have biases.
     - width: number of intermediate columns.
     - inner_norm: name of a norm before the down projection; "" without one.
 
@@ -66,11 +69,14 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield the ways in which traced linears may compute `inner`, the input of an MLP's down projection, as dicts.
+    """Yield a dict for each way in which traced linears may compute `inner`, the input of an MLP's down projection.
 
-    The keys are gated (True with a gate), activation (its name), linears (names of the one or two linears), fused (True
-    if one linear computes gate and up), swapped (only if fused: True if up comes before gate) and up_bias (True if the
-    linear has a bias).
+    - gated: True if the MLP has a gate.
+    - activation: name of the activation function.
+    - linears: names of the one or two linears.
+    - fused: True if one linear computes gate and up.
+    - swapped: True if up comes before gate in this linear; the key exists only if `fused` is True.
+    - up_bias: True if the linear has a bias.
 
     readers: traced linears that read the MLP's input. inner: the input of the down projection, or of the norm before
     it.
@@ -108,9 +114,11 @@ def experts_call(t: Trace, under: str) -> Call | None:
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
     """Find what a mixture of experts of a traced model computes. Returns its properties as a dict.
 
-    The keys are experts (name of the experts' module within the mixture's module), routing (a list of the routings that
-    fit the trace, see _routing()), the keys of _expert() for the routed experts, and the keys of _shared() for the
-    shared expert.
+    - experts: name of the experts' module within the mixture's module.
+    - count, width, top, turned, activation, inside: properties of the routed experts, see _expert().
+    - routing: list of the routings that fit the trace, one dict each, see _routing().
+    - shared: dict with the properties of the shared expert; None if there is no shared expert.
+    - shared_gate: name of the linear whose sigmoid multiplies the shared expert's result; "" if there is none.
 
     Args:
         t: the trace.
@@ -246,9 +254,10 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """The factor by which the weights from Intaglio's op Route are multiplied to give the traced weights, a float.
+    """Returns the factor, a float, between the routing weights of Intaglio's op Route and the traced weights.
 
-    Returns None if the op chooses other experts than the traced ones, or if there is no single factor.
+    The traced weights are the op's weights multiplied by this factor. Returns None if the op chooses other experts than
+    the traced ones, or if no one factor holds for all weights.
 
     Args:
         logits: the router's logits, [tokens, experts].

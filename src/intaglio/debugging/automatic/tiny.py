@@ -141,11 +141,12 @@ class TinyModels:
             raise PortingError(f"transformers refuses a {self.model_type} with {changes or 'small sizes'}: {e}") from e
 
     def untraced_layer_types(self) -> list[str]:
-        """Return values of the config key layer_types that the architecture accepts and the tiny model does not use.
+        """Return a list of layer types that the architecture supports and that the tiny model does not have.
 
-        Each value in OTHER_LAYERS is tried. It is in the returned list if a model with such a layer contains a class of
-        modules that the tiny model does not contain. The list is empty if the configuration has no key layer_types.
-        Raises PortingError if the tiny model cannot be built.
+        A layer type is a text that can stand in the config key layer_types. Each type in OTHER_LAYERS is tried: a model
+        is built whose first layer has this type. The type is in the list if this model contains a class of modules that
+        the tiny model does not contain. The list is empty if the configuration has no key layer_types. Raises
+        PortingError if the tiny model cannot be built.
         """
         if "layer_types" not in self.usual:
             return []
@@ -204,11 +205,11 @@ class TinyModels:
         model.save_pretrained(folder)
 
     def switches(self) -> dict[str, list[Any]]:
-        """Return config keys and other values to try for them: a dict {key: list of values}, which may be empty.
+        """Return a dict {config key: list of other values to try for this key}.
 
-        A model built with one of these values shows what the key changes. A flag is inverted, an activation is replaced
-        by another, and a float is changed. An integer is changed only if it is an interval ("every n-th layer has this
-        feature").
+        A model built with one of these values shows what the key changes. For a flag the other value is its opposite,
+        for an activation another activation, and for a float another number. An integer gets another value only if it
+        is an interval ("every n-th layer has this feature"). Keys for which no other value is tried are left out.
         """
         table = self.settings()
         out: dict[str, list[Any]] = {}

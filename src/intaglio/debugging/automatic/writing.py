@@ -46,8 +46,8 @@ class Unsolved(ValueError):
     A Variant is one configuration of a tiny model, with the values that were traced when the model ran.
 
     Attributes:
-        variant: the variant whose one changed config key is the cause; None if no single key is. A port can still be
-            written without this variant, but the port must then refuse the changed value of that key.
+        variant: if a change of one config key causes the failure, the variant with this changed key; otherwise None. A
+            port can still be written without this variant, but the port must then refuse the key's changed value.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:

@@ -46,9 +46,9 @@ class _Step:
 
     Attributes:
         taken: the op results that the caller asked for (taps): {name of the op or view: array}.
-        taps: which of these results Python copies, as triples (number of the op, number of a native tensor, array in
-            `taken`). They are the taps of ops with Python kernels; after the op has run, the native tensor is copied to
-            the array. Native code fills the other arrays in `taken`.
+        taps: a triple (number of the op, number of a native tensor, array in `taken`) for each tap of an op with a
+            Python kernel. After the op has run, Python copies the native tensor to the array. Native code fills the
+            other arrays in `taken`.
         seconds: seconds of each op, an array indexed by op number, if requested; else None.
         tokens: sampled token ids, int32 [R].
         logprobs: log-probabilities of the sampled tokens, f32 [R].

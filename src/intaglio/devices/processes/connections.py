@@ -203,7 +203,7 @@ def check_binding(host: str, token: bytes | None) -> bytes:
 def receive(s: socket.socket, size: int) -> bytes:
     """Receive exactly `size` bytes from the socket `s` and return them.
 
-    Raises ConnectionRefused if the peer closes the connection before.
+    Raises ConnectionRefused if the peer closes the connection before all of these bytes have arrived.
     """
     got = b""
     while len(got) < size:

@@ -46,10 +46,10 @@ ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed
 
 
 def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
-    """Start a process that calls child.run(argument, files), and return the process.
+    """Start a child process that calls child.run(argument, files). Returns an object that stands for the process.
 
-    It is a ForkedProcess if `server` is given and can fork, otherwise a subprocess.Popen. `modules` are the names of
-    modules that the server imports before it forks.
+    The object is a ForkedProcess if `server` is given and can fork, otherwise a subprocess.Popen. `modules` are the
+    names of modules that the server imports before it forks.
     """
     if server:
         with suppress(ForkServerError):
@@ -196,7 +196,7 @@ def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence:
         segment: memory of the group, with the heartbeats and the abort flag.
         pids: {rank: process id}.
         wake: an eventfd. Writing to it ends the watch.
-        silence: seconds.
+        silence: seconds without a heartbeat after which a suspended process counts as hung.
         what: noun for a process in the abort message.
     """
     poll, names = select.poll(), dict[int, str]()

@@ -42,7 +42,7 @@ class Link:
         s: the authenticated TCP connection.
         key: the session key.
         connected: True at the end that opened the connection.
-        silence: seconds.
+        silence: seconds without a message from the other end after which the link is lost.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:

@@ -69,6 +69,8 @@ def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> s
 def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) -> str:
     """Add the op that computes the queries. Returns the name of their tensor, [tokens, heads * (nope + rope)].
 
+    Each head has m.nope columns that rope does not rotate, then m.rope columns that rope rotates.
+
     Args:
         w: the Writer that adds the ops.
         m: sizes of the attention.

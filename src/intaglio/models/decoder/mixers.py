@@ -117,8 +117,8 @@ class DeltaMixer:
             g_proj (the gate), b_proj, a_proj and o_proj.
         conv_rows: numbers of rows of the tensors q_conv1d, k_conv1d and v_conv1d, if they differ from the numbers of
             columns of q, k and v; (): they do not differ. Only for stored="separate".
-        beta: factor by which beta is multiplied after the sigmoid. With 2, beta may exceed 1; the state's old value for
-            a key then enters the update with the opposite sign.
+        beta: factor by which beta is multiplied after the sigmoid. The update multiplies the state's old value for a
+            key by 1 - beta, which may be negative if the factor is 2.
         gate: function of the gate that multiplies the normed result, "silu" or "sigmoid".
         by_key: True if each key column has a decay (f_proj), False if each head has one (a_proj).
         rank: columns between the two linear layers that compute the gate (g_a_proj, g_b_proj), and between the two that

@@ -149,7 +149,7 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
 def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> str:
     """Add the ops of a mixture of experts that a layer has in addition to its dense MLP (Gemma 4).
 
-    Returns the name of the tensor with the sum of both results, each normed before, [tokens, hidden].
+    Returns the name of the tensor with the sum of both results, [tokens, hidden]. Each result is normed before the sum.
 
     Args:
         w: the Writer that adds the ops.

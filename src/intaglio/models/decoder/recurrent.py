@@ -346,7 +346,7 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
 
 
 def separate_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Add the input projections of a gated delta net, for a checkpoint with one matrix for each (OLMo Hybrid, Kimi).
+    """Add the input projections of a gated delta net, stored as one matrix per projection (OLMo Hybrid, Kimi).
 
     Returns the names of six tensors as a list:
 
@@ -418,8 +418,8 @@ def decay(
         high: upper limit of dt; 0: none.
         width: columns of x, if each head has several; 0: each head has one. With a width, A_log may have any shape of
             `heads` values.
-        floor: lower bound of the log decay, a negative number. The log decay is then floor * sigmoid(exp(A_log) * (x +
-            dt_bias)). 0: no bound, and the formula above.
+        floor: lower bound of the log decay, below 0; the log decay is then floor * sigmoid(exp(A_log) * (x + dt_bias)).
+            0: no lower bound; the log decay is -exp(A_log) * dt.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log" + ("|f" if width else ""), plain=True)
     bias = w.tensor(at + "dt_bias", (width or heads,), source + "dt_bias", plain=True)

@@ -40,8 +40,8 @@ class Table:
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
     """The rope settings for the layers of one attention type, as a Settings with the keys of `rope_parameters`.
 
-    New files have the settings in rope_parameters, older files in rope_scaling and in a key for the base. If a file has
-    both objects, they are combined as in transformers 5:
+    New files have all settings in the object rope_parameters. Older files have the base of the frequencies in a key of
+    its own, and other settings in the object rope_scaling. A file with both objects is read as in transformers 5:
 
     - If rope_parameters is one object for all layers, rope_scaling replaces the whole object.
     - If rope_parameters has an object per attention type, the keys of rope_scaling override those in the object for
@@ -50,7 +50,7 @@ def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: boo
     Args:
         c: the config.
         kind: the attention type, such as sliding_attention; "" if the config has the same settings for all layers.
-        theta: the key under which older files have the base.
+        theta: the key under which older files have the base of the frequencies.
         scaled: False if rope_scaling does not apply to these layers.
 
     Raises PortError for settings that are missing or wrong.
@@ -134,10 +134,10 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
     """The rope Table (frequencies and attention factor) for sequences of up to `context` tokens.
 
-    For LongRoPE and dynamic NTK the table depends on `context`, not on the length of a sequence: LongRoPE uses its long
-    factors if `context` exceeds the pretrained length, and dynamic NTK the base for `context` tokens. transformers goes
-    by the longest sequence in the batch instead. A sequence's logits then depend on the other sequences, and its
-    earlier keys have other frequencies than its later keys.
+    For LongRoPE and dynamic NTK the table depends on `context`, not on the length of a sequence. LongRoPE uses its long
+    factors if `context` exceeds the pretrained length. Dynamic NTK uses the base that it has for `context` tokens.
+    transformers uses the length of the longest sequence in the batch in place of `context`. There, a sequence's logits
+    depend on the other sequences, and its earlier keys have other frequencies than its later keys.
 
     Args:
         c: the config.

@@ -25,9 +25,9 @@ class Writer:
         d: description of the model.
         name: name of the Program.
         context: maximum tokens of a sequence.
-        format: function that returns the stored number format of a checkpoint tensor, by name.
-        order: function that returns, for the name of a weight, the name of the checkpoint tensor with the order of its
-            columns (GPTQ's act-order), or "" if the columns are not reordered.
+        format: function (name of a checkpoint tensor) -> number format in which it is stored.
+        order: function (name of a weight) -> name of the checkpoint tensor that holds the order of the weight's columns
+            (GPTQ's act-order). It returns "" if the columns are not reordered.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Writer:
         return self.b.weight(name, shape, found, "bf16" if plain and formats.get(format).grouped else format)
 
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
-        """Add one matrix of every expert as one weight of the Program, [experts, rows, columns]. Returns `name`.
+        """Add one weight [experts, rows, columns] that holds a matrix of every expert of a layer. Returns `name`.
 
         If the matrices have reordered columns (GPTQ's act-order), the caller must add their orders with orders().
 
@@ -260,8 +260,8 @@ class Writer:
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
         """Add linear layers that read the same `x`, such as q, k and v. Returns the names of their results as a list.
 
-        If the checkpoint stores them as one module, one linear layer is added, and one view of its result for each of
-        them.
+        If the checkpoint stores these layers as one module, a single linear layer is added instead, and a view of its
+        result takes the place of each layer's result.
 
         Args:
             at: prefix of the ops' names in the Program.

@@ -83,7 +83,7 @@ def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
     is U8, and a factor is nested_quant_map[absmax] * nested_absmax + nested_offset, with one nested_absmax per block of
     factors. The block sizes and nested_offset are in the quant_state, a JSON object stored as a tensor.
 
-    Raises PortError for tensors that are missing or do not fit.
+    Raises PortError if a tensor is missing, or if absmax does not have the size that follows from the quant_state.
 
     Args:
         stored: contents of the checkpoint's files.

@@ -44,9 +44,9 @@ GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metada
 
 
 def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | None:
-    """Find NaN and infinite values in the array `x`. Returns (index of the first, number of them), or None without any.
+    """Find NaN and infinite values in the array `x`. Returns (index of the first one, number of all).
 
-    The index is a tuple with one int per dimension.
+    The index is a tuple with one int per dimension. If there are no such values, the result is None.
 
     Args:
         x: the array.
@@ -68,10 +68,10 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """A note for the user if quantised matrices take at least 1 GiB more in memory than in the files.
+    """Returns a note for the user about quantised matrices that need more memory than their files, as a list of texts.
 
-    Returns a list with one text, or []. Counted are the matrices that become f32, f16 or bf16 when read, because
-    Intaglio has no number format for their codes.
+    Some matrices become f32, f16 or bf16 when they are read, because Intaglio has no number format for their codes. The
+    list has one text if these matrices together need at least 1 GiB more in memory than in the files, else none.
     """
     wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
     stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})

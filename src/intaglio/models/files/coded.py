@@ -55,11 +55,11 @@ class Coded:
     Attributes:
         format: number format of the decoded matrix.
         shape: shape of the decoded matrix.
-        parts: {name of a stored tensor: which part of the tensor some rows of the matrix need}.
-        decode: function that returns decoded rows. Its argument is a function that returns, for the name of a stored
-            tensor, the values that these rows need.
+        parts: {name of a stored tensor: rule for the part of the tensor from which given rows are decoded}.
+        decode: function that returns some decoded rows of the matrix. Its argument is a function: called with the name
+            of a stored tensor, it returns the part of that tensor from which these rows are decoded.
         turned: True if the arrays store the transposed matrix, see formats.Quantised.
-        whole: number of rows that can only be decoded together.
+        whole: number of consecutive rows that must be decoded together; 1 if each row can be decoded alone.
         order: name of the act-order permutation of the columns (g_idx); "" if the columns are not reordered.
     """
 
@@ -113,14 +113,14 @@ def bases(stored: Stored, suffix: str) -> list[str]:
 
 
 def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
-    """Repeats scales per row for each group of the row. Returns (the scales, the group size).
+    """Makes one scale per group of columns from one scale per row. Returns (scales, number of columns in a group).
 
-    The scales are float32 [..., N, groups]. The group size is the number of columns in a group, an int.
+    The scales are float32 [..., N, groups]: the scale of a row is repeated for each group of the row.
 
     Args:
         scales: one scale per row, or one for the whole matrix.
         shape: shape of the matrix, [..., N, K].
-        format: name of a format with one scale per row; it decides the size of groups (Format.group_of()).
+        format: name of a format with one scale per row. The format decides how many columns a group has.
     """
     group = formats.get(format).group_of(shape[-1])
     by_row = (
@@ -138,7 +138,10 @@ def with_row_scales(codes: np.ndarray, scales: np.ndarray, format: str) -> Quant
 
 
 def as_scales(x: np.ndarray) -> np.ndarray:
-    """Stored scales as float32. Bytes (uint8) are E8M0: the value is 2 ** (byte - 127), or NaN for the byte 255."""
+    """Returns the scales `x`, as a checkpoint stores them, converted to float32.
+
+    A uint8 array is read as E8M0: a byte stands for 2 ** (byte - 127), and 255 stands for NaN.
+    """
     return (x.view(ml_dtypes.float8_e8m0fnu) if x.dtype == np.uint8 else x).astype(np.float32)
 
 
@@ -235,7 +238,9 @@ def run_within(columns: int, block: int) -> int:
 
 
 def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales of blocks, repeated so that each group of columns has one. Returns an array [N, K / group].
+    """Makes one scale per group of columns from one scale per block. Returns an array [N, K / group].
+
+    The scale of a block is repeated for each group in the block.
 
     Args:
         values: one scale (or zero) for each block of consecutive values of the flattened matrix, in order.

@@ -65,10 +65,10 @@ class Scheme:
 
     @classmethod
     def read(cls, name: str, group: Mapping[str, Any]) -> Scheme | None:
-        """The Scheme of one entry of config_groups; None if the entry does not quantise weights.
+        """Returns the Scheme of one entry of config_groups; None if the entry does not quantise weights.
 
-        name: name of the entry, for error messages. group: settings of the entry. Raises PortError if they are not
-        supported.
+        name: name of the entry, for error messages. group: settings of the entry. Raises PortError if the settings are
+        not supported.
         """
         at = f"config.json: quantization_config.config_groups.{name}"
         if not isinstance(group, Mapping):
@@ -104,10 +104,12 @@ class Scheme:
 
 
 def _usual_strategy(w: Mapping[str, Any]) -> str:
-    """The strategy of an entry of config_groups that names none: "block", "tensor", "group" or "channel".
+    """Returns the strategy for an entry of config_groups without the key `strategy`, as compressed-tensors chooses it.
 
-    It is "block" if there is a block_structure. Otherwise it is "tensor" without a group_size, "group" for a group_size
-    above 0, and "channel" for -1. compressed-tensors chooses in the same way. w: the entry's settings for weights.
+    - "block" if the entry has a block_structure.
+    - Otherwise "tensor" if it has no group_size, "group" for a group_size above 0, and "channel" for group_size -1.
+
+    w: the entry's settings for weights.
     """
     group = w.get("group_size")
     return "block" if w.get("block_structure") else "tensor" if group is None else "group" if group > 0 else "channel"
@@ -116,8 +118,9 @@ def _usual_strategy(w: Mapping[str, Any]) -> str:
 def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of a compressed-tensors checkpoint, as {name of the weight: Coded}.
 
-    The entry of config_groups that fits a module says how its matrix is decoded. q: the quantisation settings. Raises
-    PortError for settings that are not supported, and for tensors that do not fit them.
+    An entry of config_groups has settings and the modules for which they hold. A module's matrix is decoded by the
+    settings of its entry. q: the quantisation settings, of which config_groups is a part. Raises PortError for settings
+    that are not supported, and for tensors that do not match the settings.
     """
     _check(q)
     groups = [
@@ -197,10 +200,11 @@ def _mxfp4_rows(stored: Stored, base: str) -> Coded:
 
 
 def _mxfp6_rows(stored: Stored, base: str) -> Coded:
-    """The MXFP6 matrix of the module `base`, as a Coded in FP8: E4M3 has all values of E2M3.
+    """Returns a Coded that decodes the MXFP6 matrix of the module `base` to FP8 (E4M3), with 32 values per scale.
 
-    It is stored as two tensors: weight_packed, U8 [N, 3 K / 4], has four E2M3 codes in three bytes, and weight_scale,
-    U8 [N, K / 32], has the scales as exponents of 2.
+    The conversion is exact, because E4M3 can represent every E2M3 value. The checkpoint stores the matrix as two
+    tensors. weight_packed, U8 [N, 3 K / 4], has four E2M3 codes in each three bytes. weight_scale, U8 [N, K / 32], has
+    the scales as exponents of 2.
     """
     packed, scale = base + ".weight_packed", base + ".weight_scale"
     n, bytes = stored.shapes[packed]
@@ -212,10 +216,11 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 
 
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Integer codes shifted to begin at 0: signed code + 2^(bits - 1), as uint8 [..., count].
+    """Returns integer codes as unsigned numbers: signed code + 2^(bits - 1), uint8 [..., count].
 
     Args:
-        x: stored codes: either signed bytes, or 32-bit words with packed codes that are already shifted.
+        x: the stored codes. Either signed bytes, to which 2^(bits - 1) is added here; or 32-bit words with packed codes
+            to which it was added before they were stored.
         bits: bits of a code.
         count: number of codes in a row; not used for bytes.
     """

@@ -36,7 +36,8 @@ class Found:
         said_by: name of the file that decides which files are read: an index, or the only file.
         unlisted: names of *.safetensors files that are not read.
         absent: {name of a tensor that the index lists but no file holds: the file that the index names for it}.
-        copies: (name, place) of each tensor that is stored again with equal values.
+        copies: a list of pairs (name of a tensor, its second place). The tensor is stored in both places with equal
+            values; its first place is in `entries`.
         notes: notes for the user about ignored or unusual files.
     """
 
@@ -76,14 +77,14 @@ def deciding_file(
 ) -> str | None:
     """The name of the file that decides which files are read: the file with all tensors, or an index (*.index.json).
 
-    An index lists the files of the tensors. The result is the first of these files that the checkpoint has;
-    transformers chooses in the same way:
+    An index says which file has each tensor. The result is the first of these names; transformers chooses in the same
+    way:
 
-    1. the file that the config names under `transformers_weights`;
-    2. model.safetensors, unless the index lists it as one of several shards;
-    3. model.safetensors.index.json.
+    1. The name that the config has under `transformers_weights`, even if the checkpoint has no such file.
+    2. model.safetensors, if the checkpoint has it, unless the index lists it as one of several shards.
+    3. model.safetensors.index.json, if the checkpoint has it.
 
-    None if it has none of them. find_files() then takes the only safetensors file.
+    The result is None if none of the three applies. find_files() then takes the only safetensors file.
 
     Args:
         config: the contents of the checkpoint's config.json.

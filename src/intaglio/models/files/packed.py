@@ -47,7 +47,8 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
     Each matrix [N, K] has codes of 2, 3, 4 or 8 bits and groups of columns that share scales, G groups in all:
 
     - qweight I32 [K * bits / 32, N]: the codes, packed along K.
-    - qzeros I32 [G, N * bits / 32]: the zero points; minus one, except in version 2 of the format.
+    - qzeros I32 [G, N * bits / 32]: the zero points. Version 1 of the format stores each zero point minus 1, version 2
+      stores it unchanged.
     - scales F16 [G, N].
     - g_idx I32 [K]: the group of each column. With act-order the groups are in any order.
 
@@ -236,9 +237,11 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
     """Returns the number of consecutive columns that share a scale, an int; -1 if each row has a single scale.
 
-    The number is group_size of the config. If the config has none, it is the size of the largest group in g_idx, or
-    without g_idx `k` divided by the number of scales. If group_size does not fit the number of scales, g_idx decides,
-    too.
+    The columns that share a scale are a group. The number of columns in a group is found in this order:
+
+    1. group_size of the config, if the file has as many scales in a row as this number makes groups.
+    2. The size of the largest group in the tensor g_idx, if the file has this tensor.
+    3. If there is no g_idx and the config has no group_size: `k` divided by the number of scales in a row.
 
     Args:
         stored: contents of the checkpoint's files.
@@ -246,8 +249,12 @@ def _group(stored: Stored, base: str, k: int, named: Any) -> int:
         k: number of columns.
         named: group_size of the config; None if it has none.
 
-    Raises PortError in three cases: the file has no scales or zero points; no number fits the number of scales; or the
-    number is not a multiple of 32, or above CHUNK, and not the whole row.
+    Raises PortError in these cases:
+
+    - The file has no scales or no zero points for the module.
+    - `named` is neither -1 nor a whole number above 0.
+    - The number of groups is not the number of scales in a row.
+    - A row has several groups, and their size is above CHUNK or not a multiple of 32.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:

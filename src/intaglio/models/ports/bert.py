@@ -182,10 +182,11 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns two dicts for models such as RoBERTa: (arguments of Decoder, value of the further argument `sources`).
+    """Returns two dicts for models such as RoBERTa: (arguments of Decoder, tensor names).
 
-    `sources` maps parts of Llama's tensor names to the checkpoint's names. Callers add more names to it. Position 0 has
-    row pad_token_id + 1 of the table of position embeddings. Raises PortError for missing or wrong settings.
+    The second dict maps parts of Llama's tensor names to the checkpoint's names. The caller adds more names to it and
+    passes it to Decoder as the argument `sources`, which the first dict does not have. Position 0 has row pad_token_id
+    + 1 of the table of position embeddings. Raises PortError for missing or wrong settings.
     """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1

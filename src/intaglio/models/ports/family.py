@@ -29,8 +29,8 @@ class Family:
         fixed: {config key: the only values that the port implements}, for keys that describe() need not read.
         aliases: {Llama's name of a config key: this family's name of the key}.
         prepare: function that changes values of the Config before the context length is read from it; None: none.
-        tops: names of modules, such as embed_tokens. A checkpoint has the first prefix of `prefixes` for which a tensor
-            PREFIX + MODULE + ".weight" exists.
+        tops: names of modules, such as embed_tokens, that show which prefix a checkpoint uses: the first in `prefixes`
+            for which the checkpoint has a tensor PREFIX + MODULE + ".weight".
         adapt: function (Decoder, {tensor's name: shape}) -> Decoder; None: none. It changes the Decoder if checkpoints
             with equal configs name or divide tensors in different ways. The `prefix` of the Decoder is already set.
     """

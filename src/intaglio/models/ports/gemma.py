@@ -30,9 +30,10 @@ GEMMA3 = {
 def gemma(c: Config, every: int) -> dict[str, Any]:
     """Returns a dict of arguments for Decoder that Gemma 2 and 3 share, from config.json.
 
-    Sets layer_types of the config. Raises PortError for settings that are not ported.
+    Also sets the key layer_types of the config. Raises PortError for settings that are not ported.
 
-    c: the config. every: if the config does not list layer types, every `every`-th layer has full attention.
+    c: the config. every: used only if the config does not have the key layer_types. With 6, layers 5, 11, 17, ... have
+    full attention and the other layers have sliding-window attention.
     """
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.table["layer_types"] = c.layer_types(every)

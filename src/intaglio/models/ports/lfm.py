@@ -98,9 +98,9 @@ def lfm3(c: Config, context: int) -> Decoder:
 
 
 def adapt(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Returns the Decoder `d`, or a copy in which the attention gate is named g_proj.
+    """Returns a copy of the Decoder `d` with the name g_proj for the attention gate, if the checkpoint uses this name.
 
-    The result is the copy if the model has an attention gate and the checkpoint names it g_proj.
+    Returns `d` itself if the checkpoint uses another name, or if the model has no attention gate.
 
     d: the Decoder (model description) from the config. shapes: {name of a tensor in the checkpoint: its shape}.
     """

@@ -153,7 +153,7 @@ def names(hybrid: list[int]) -> dict[str, str]:
     """Returns entries for Decoder.sources, as a dict {part of Llama's tensor name: the checkpoint's name}.
 
     In the checkpoint, a layer with a shared block has its Mamba block and its input norm inside a module mamba_decoder.
-    The dict has an entry for each of the two in each such layer.
+    For each of these layers the dict has two entries: one for the Mamba block and one for the input norm.
 
     hybrid: numbers of the layers with a shared block.
     """

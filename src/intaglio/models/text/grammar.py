@@ -46,9 +46,8 @@ class Grammars:
         Args:
             kind: language of `source`: json_schema, regex or lark.
             source: the grammar.
-            before: a Lark grammar of the whole output, in which `@answer` stands for `source`. It is for an output with
-                more than `source` describes, such as reasoning before the answer. "": `source` describes the whole
-                output.
+            before: "" if `source` describes the whole output. If the output has other parts too, such as reasoning
+                before the answer, `before` is a Lark grammar of the whole output. In it, `@answer` stands for `source`.
         """
         key = (kind, source, before)
         with self.lock:
@@ -98,9 +97,10 @@ def _brief(report: str) -> str:
 
 
 def _nested(before: str, answer: str) -> str:
-    """Returns a grammar in llguidance's JSON form, as text, in which `before` refers to `answer` by the name @answer.
+    """Joins the grammars `before` and `answer`. Returns the joined grammar in llguidance's JSON form, as text.
 
-    before: a Lark grammar. answer: a grammar in llguidance's JSON form or in Lark.
+    before: a Lark grammar, in which the name @answer stands for the grammar `answer`. answer: a grammar in llguidance's
+    JSON form or in Lark.
     """
     inner = json.loads(answer)["grammars"] if answer.lstrip().startswith("{") else [{"lark_grammar": answer}]
     return json.dumps({"grammars": [{"lark_grammar": before}, {**inner[0], "name": "answer"}, *inner[1:]]})

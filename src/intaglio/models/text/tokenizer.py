@@ -178,7 +178,7 @@ class Tokenizer:
         Args:
             ids: token ids of a text.
             vocabulary: number of token ids of the model.
-            name: words for the text in the error message.
+            name: what the error message calls the text, such as "the prompt".
         """
         bad = next((i for i in ids if i >= vocabulary), None)
         if bad is not None:

@@ -12,7 +12,7 @@ class Transcript:
 
     Attributes:
         text: the output so far; "" without a tokenizer.
-        matched: the stop string that ended the output; None if the output has not ended so.
+        matched: the stop string that ended the output; None if no stop string has ended it.
 
     Args:
         tokenizer: decodes the tokens; None: there is no text.

@@ -38,9 +38,10 @@ def call_grammar(
 ) -> tuple[Literal["lark", "json_schema"], str]:
     """Returns a grammar that forces the model to call one of `tools` in the format `form`, as (kind, grammar's text).
 
-    kind: "lark" or "json_schema". several: True to allow 1 to MAX_FORCED_CALLS calls; False for exactly one. One call
-    is forced in any case if form.single is set. special: the tokenizer's special tokens, text to id; a Lark grammar
-    names them by id.
+    The kind is "lark" or "json_schema". If `several` is True, the grammar allows 1 to MAX_FORCED_CALLS calls. If
+    `several` is False, or if form.single is True, it allows exactly one call.
+
+    special: the tokenizer's special tokens, text to id; a Lark grammar names them by id.
     """
     several = several and not form.single
 

@@ -310,9 +310,9 @@ def peek_call(s: Source) -> Generator[None, None, bool]:
 
 
 def close(s: Source, *ends: str) -> Generator[None, None, None]:
-    """Consume the closing delimiter after tool calls, one of `ends`, and any blanks, `}` and `]` in front of it.
+    """Consume the delimiter that closes tool calls, and any spaces, line breaks, `}` and `]` in front of it.
 
-    If the text continues with anything else, nothing is consumed. This generator yields None while it waits for more
-    text of the model. It has no return value.
+    ends: the delimiters that may close the calls. If the text does not continue in this way, nothing is consumed. This
+    generator yields None while it waits for more text of the model. It has no return value.
     """
     yield from skip(s, *ends, over=" \n}]")

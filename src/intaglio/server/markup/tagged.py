@@ -99,9 +99,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
     """Consume the opening tag of the next tool call, and find the set of tags to which this tag belongs.
 
-    This generator yields None while it waits for more text of the model in `s`. Its return value is the set of `ways`
-    whose opening tag was read. If no opening tag comes next, its return value is the first set of `ways` that has no
-    opening tag, or None if every set has an opening tag.
+    This generator yields None while it waits for more text of the model in `s`. Its return value is the Tags in `ways`
+    whose opening tag was read. If no opening tag comes next, the return value is the first Tags in `ways` without an
+    opening tag; None if all of them have one.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None

@@ -22,8 +22,9 @@ class Choose(Instruction, engine="VEC", opcode=0x4F):
     than `top` entries, its first places are empty: their id is -1. In a new list all places are empty.
 
     scores f32 [m, n] has the new scores: column j is the score of entry first + j. `first` must rise from one
-    instruction to the next for the same list. Row i belongs to the query at position query + i. For this row only
-    entries before (query + i + 1) // every are used. A score that is NaN counts as -inf.
+    instruction to the next for the same list. Row i belongs to the query at position query + i. An entry stands for
+    `every` tokens, and the query sees only entries whose tokens are all at its position or before. So row i uses only
+    scores of entries with numbers below (query + i + 1) // every. A score that is NaN counts as -inf.
     """
 
     ids: Region

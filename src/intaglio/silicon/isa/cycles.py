@@ -36,7 +36,8 @@ def vector_cycles(chip: ChipSpec, ops: Any, exps: Any = 0) -> Any:
 def norm_cycles(chip: ChipSpec, n: Any) -> Any:
     """Returns the cycles of the vector lanes to normalise n values.
 
-    Counted are two passes. Each pass does two operations for each value and one tree reduction across the lanes.
+    There are two passes over the values. Each pass does two operations for each value and one tree reduction across
+    the lanes.
     """
     return vector_cycles(chip, 4 * n) + 2 * np.log2(chip.vec_lanes)
 
@@ -54,8 +55,8 @@ def moment_cycles(chip: ChipSpec, n: Any, moment: str) -> Any:
 def sinkhorn_cycles(chip: ChipSpec, n: Any, iterations: int) -> Any:
     """Returns the cycles of the vector lanes to make a square matrix doubly stochastic (Sinkhorn & Knopp).
 
-    n: number of values in the matrix. Counted are one softmax over each row, and then 2 * iterations - 1 passes. Each
-    pass sums all rows or all columns, by a tree reduction, and divides the values by these sums.
+    n: number of values in the matrix. The cycles are those of one softmax over each row, followed by 2 * iterations - 1
+    passes. Each pass sums all rows or all columns, by a tree reduction, and divides the values by these sums.
     """
     rounds = 2 * iterations - 1
     return vector_cycles(chip, (4 + 2 * rounds) * n, n) + (rounds + 1) * np.log2(np.sqrt(n))

@@ -339,8 +339,15 @@ class AttendTiles:
     initialised while an earlier job is computed. If plan.ahead is 0, plan.lanes jobs share one buffer for the state,
     which is initialised for all of them together.
 
-    d: width of a key. dv: width of a value. listed: number of jobs whose row numbers (see row_number()) one transfer
-    loads; 0 for sequences with several new tokens, which need no row numbers for queries.
+    Args:
+        mem: the chip's memory.
+        k: stream builder of the core.
+        op: the op.
+        plan: tile sizes and numbers of buffers.
+        d: width of a key.
+        dv: width of a value.
+        listed: for jobs with a single query: number of jobs whose row numbers are loaded together, see row_number().
+            0 for jobs with several queries.
     """
 
     def __init__(

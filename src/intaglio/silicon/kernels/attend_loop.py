@@ -42,10 +42,10 @@ class StreamJob:
 def prefill_jobs_of_streams(h: Heads, plan: AttendPlan, part: ChunkCounts) -> list[StreamJob]:
     """Returns a list of the StreamJobs of all sequences with several new tokens.
 
-    Within each sequence the jobs of the last queries come first, the same order in which attend.prefill_work() makes
-    the jobs of the simulated kernel.
+    Within a sequence, jobs with later queries come before jobs with earlier queries. attend.prefill_work() makes the
+    jobs of the simulated kernel in the same order.
 
-    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
+    part: triples (new tokens, context length, number of sequences with these two numbers), one for each distinct pair.
     """
     step, out = max(1, plan.rows // plan.pack), list[StreamJob]()
     heads = [head // h.group for head in sorted(range(0, h.heads, plan.pack), key=lambda i: (i % h.group, i))]
@@ -64,7 +64,7 @@ def decode_jobs_of_streams(library: KernelLibrary, h: Heads, plan: AttendPlan, p
 
     The jobs are ordered by sequence, then head, then part of the context.
 
-    part: (1, context length, number of such sequences) for each distinct context length.
+    part: triples (1, context length, number of sequences with this context length), one for each distinct length.
     """
     out, sequences = [], [keys for _, keys, n in part for _ in range(n)]
     for s, keys in enumerate(sequences):

@@ -71,8 +71,8 @@ def library_prefill_seconds(
     """Returns the modelled seconds of prefill attention by a vendor's library, until the last result is stored.
 
     The time never falls with more queries or keys. All cores share the L2's rate equally. Each different key tile is
-    loaded from HBM once, and the core that loads it first waits for HBM's latency. These waits are assumed to be spread
-    evenly over the cores: measured times are nearer to this than to waits of all cores. In the simulator's own
+    loaded from HBM once, and the core that loads it first waits for HBM's latency. The model spreads these waits evenly
+    over the cores. Measured times fit this better than a model in which all cores wait. In the simulator's own
     instruction streams, all cores read the same keys at the same time, so all of them wait; see stream_seconds().
 
     Args:
@@ -121,7 +121,7 @@ def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndar
     If a sliding window begins inside a tile, the numbers are means over all positions inside the tile. So a longer
     context never has fewer keys or tiles.
 
-    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
+    part: triples (new tokens, context length, number of sequences with these two numbers), one for each distinct pair.
     """
     seen, tiles, count = [], [], []
     step = max(1, plan.rows // plan.pack)
@@ -148,7 +148,7 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     - bytes read again: bytes of keys and values that HBM delivers more than once. It is 0 with an L2, which serves
       repeated reads.
 
-    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
+    part: triples (new tokens, context length, number of sequences with these two numbers), one for each distinct pair.
     """
     chip, lib, best = target.chip, target.library, None
     h = replace(h, window=max(h.window, lib.prefill_window_keys)) if h.window else h
@@ -194,7 +194,7 @@ def unique_tiles(plan: AttendPlan, h: Heads, part: ChunkCounts) -> float:
 
     If a sliding window begins inside a tile, the number is a mean over all positions inside the tile.
 
-    part: (new tokens, context length, number of such sequences) for each distinct pair of the first two.
+    part: triples (new tokens, context length, number of sequences with these two numbers), one for each distinct pair.
     """
     total = 0.0
     for q, keys, n in part:
@@ -223,8 +223,8 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     - jobs: number of jobs.
     - plan: the AttendPlan; plan.parts is the largest number of parts of a context.
 
-    part: (1, context length, number of such sequences) for each distinct context length. cached: fraction of the keys
-    and values that the L2 holds.
+    part: triples (1, context length, number of sequences with this context length), one for each distinct length.
+    cached: fraction of the keys and values that the L2 holds.
     """
     chip, lib, best = target.chip, target.library, None
     packs = (lib.pack_windowed or not h.window) and not h.slopes and h.group <= lib.pack_most
@@ -269,11 +269,11 @@ def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.n
     """Returns three arrays about the jobs of sequences with one new token, with one item for each kind of job.
 
     The arrays are: the number of key tiles that one job reads; the number of keys that one job reads; the number of
-    jobs of this kind. A context is cut into parts with equal numbers of tiles; the last part has the remaining tiles
-    and is a kind of its own.
+    jobs of this kind. A context is cut into parts with equal numbers of tiles; the last part has the remaining tiles,
+    so that its job is a kind of its own.
 
-    keys: the distinct numbers of keys to which a tile of queries attends. n: for each of these numbers, how many tiles
-    of queries have it.
+    keys: the distinct numbers of keys to which tiles of queries attend. n: for each item of `keys`, the number of query
+    tiles that attend to this many keys.
     """
     tiles = np.ceil(keys / plan.keys)
     per = np.ceil(tiles / plan.parts)

@@ -56,8 +56,9 @@ class PooledJob:
 class AttendPooledKernel(WorkKernel):
     """Kernel of the op `attend_pooled` on simulated chips: its modelled time, and its instruction streams.
 
-    For a vendor's library, the time is the longer of two: the op's FLOPs on the matrix array in bf16, and its bytes at
-    HBM's rate (see WorkKernel). The instruction streams load the keys and entries of each token by their row numbers.
+    For a vendor's library, the time is the longer of two times: that of the op's FLOPs on the matrix array in bf16, and
+    that of its bytes at HBM's rate (see WorkKernel). The instruction streams load the keys and entries of each
+    token by their row numbers.
     """
 
     engine: ClassVar[str] = "MXU"

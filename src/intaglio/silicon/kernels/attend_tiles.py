@@ -104,16 +104,25 @@ def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
 class TileSeconds:
     """Seconds that one core takes for each phase of an attention job.
 
-    `scores`, `softmax` and `sums` are the seconds for one tile of queries with one tile of keys. `fill`, `blank` and
-    `merge` are the seconds for the job as a whole.
+    The first three phases are done for each tile of queries with each tile of keys.
+
+    Attributes:
+        scores: seconds to multiply the queries by the keys; 0 on a chip with a fused attention engine.
+        softmax: seconds to compute the softmax weights from the scores; 0 on a chip with a fused attention engine.
+        sums: seconds to multiply the softmax weights by the values. On a chip with a fused attention engine: seconds of
+            all three phases together.
+        fill: seconds to set the sums, maxima and softmax denominators to their initial values, once for each job.
+        blank: seconds to set a tile of queries in SRAM to zeros. This is done once, before the first job that uses the
+            tile.
+        merge: seconds to divide the sums by the softmax denominators, once for each job.
     """
 
-    scores: float  # of the product of queries and keys; 0 with a fused engine
+    scores: float
     softmax: float
-    sums: float  # of the product of weights and values, or all of the fused engine's work
-    fill: float  # of setting sums, maxima and denominators
-    blank: float  # of setting a tile of queries, before its first use
-    merge: float  # of dividing the sums
+    sums: float
+    fill: float
+    blank: float
+    merge: float
 
     @property
     def work(self) -> float:
@@ -155,7 +164,7 @@ def widen_seconds(target: Target, h: Heads) -> float:
 
 
 def two_jobs_fit(target: Target, h: Heads) -> bool:
-    """True if SRAM fits two tiles of keys and values, both of them in the cache's format and also in bf16.
+    """True if SRAM has room for two tiles of keys and values, each stored in the cache's format and again in bf16.
 
     The tile of one job can then be loaded while the tile of another job is converted.
     """
@@ -191,6 +200,6 @@ def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
     """Returns the number of keys that a kernel reads for the one query of a sequence with `keys` keys.
 
     window: number of latest keys that the query sees; 0: it sees all keys. If there is a window, the kernel reads at
-    least library.window_min_keys keys, as far as the sequence has so many.
+    least library.window_min_keys keys, or all keys of a sequence that has fewer.
     """
     return min(keys, max(window, library.window_min_keys)) if window else keys

@@ -133,8 +133,8 @@ class ChipMemory:
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
         """Store row numbers for Gather or Scatter in HBM. Returns their region, i32 [1, n].
 
-        The region begins on a new L2 line. If it shared a line with data that a kernel reads before, the numbers would
-        count as already in the L2. On hardware they are uploaded with the batch and must be fetched.
+        The region begins on a new L2 line. If other data were on the same line, and a kernel read this data first, the
+        numbers would count as already in the L2. On hardware they are uploaded with the batch and must be fetched.
         """
         self.heap.top = -(-self.heap.top // LINE) * LINE
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")

@@ -61,12 +61,12 @@ class ExpertsKernel(ChipKernel):
         top: number of experts that each token chooses.
         held: number of experts on the chip.
         experts: number of experts of the layer on all chips.
-        hidden, inner: width of x, and width of an expert's inner row.
+        hidden, inner: width of x, and width of the values between an expert's two matrix products.
         x_format, w_format: number formats of x and of the weights.
         w_bits: bits of a weight, scales included.
         gated: True if experts have a gate.
-        groups: group sizes of the up weights and of the down weights: that many weights of a row share one scale. 0:
-            the weights have no scales.
+        groups: two numbers, for the up weights and for the down weights: how many weights of a row share one scale; 0
+            if the weights have no scales.
     """
 
     by_sequence: ClassVar[bool] = False
@@ -259,12 +259,13 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """Returns a copy of `target` whose library describes only the kernel that computes experts in these formats.
+    """Returns a copy of `target` whose library describes only one kernel: that for experts in these number formats.
 
-    If the library describes no single kernels, the result is `target` itself. See Target.kernel(). Raises ChipError if
-    the library describes kernels but not `name`.
+    A library may list kernels that differ from its own fields (library.kernels). If it lists none, the result is
+    `target` itself. Raises ChipError if the library lists kernels, but none called `name`.
 
-    name: name of the kernel; "": the library's default kernel for the wider of the two formats.
+    x_format: number format of x. w_format: number format of the weights. name: name of the kernel; "": the library's
+    default kernel for the wider of the two formats.
     """
     return target.kernel("experts", max(x_format, w_format, key=formats.bits), name=name)
 
@@ -273,9 +274,10 @@ def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") 
 def grouped_target(target: Target, tokens: int, experts: int) -> Target:
     """Returns a copy of `target` with the library's values for grouped products (one product for each expert).
 
-    Functions that time a plain product use it to time a grouped product. In the copy, the library's tiles,
-    matmul_stages, mxu_efficiency and burst_bytes are its values for grouped products, and K is not split. Raises
-    ChipError if no tile fits the chip.
+    With the copy, a function that times a plain product gives the time of a grouped product. A library has separate
+    fields for grouped products, such as expert_stages. In the copy, the values of tiles, matmul_stages, mxu_efficiency
+    and burst_bytes come from these fields. split_k is (1,), so K is not split. Raises ChipError if all of the library's
+    tiles for grouped products are too large for the chip's accumulators or SRAM.
 
     tokens, experts: numbers of tokens and of experts in the step; some libraries choose tiles by them.
     """
@@ -442,7 +444,7 @@ def experts_timing(
         counts: for each expert on this rank, the number of rows that it computes.
         n_experts: number of experts on all ranks.
         hidden: width of x.
-        inner: width of an expert's inner row.
+        inner: width of the values between an expert's two matrix products.
         x_format: number format of x.
         w_format: number format of the weights.
         w_bits: bits per weight including scales; 0: the bits of `w_format` without scales.

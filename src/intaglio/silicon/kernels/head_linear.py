@@ -123,7 +123,7 @@ def stream_seconds(target: Target, kernel: HeadLinearKernel, rows: int) -> float
 def copies(mem: ChipMemory, site: str, x: Region, out: Region, heads: int, width: int) -> list[Stream]:
     """Returns a list of Streams that copy the last `width` columns of each head of `x` to the same head of `out`.
 
-    There they are the last columns of the head too. The head's matrix does not multiply these columns.
+    They become the last columns of the head in `out`. These columns are not multiplied by the head's matrix.
     """
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width)))
 

@@ -60,7 +60,7 @@ class IndexJob:
 
     @property
     def place(self) -> tuple[int, int]:
-        """(sequence, position), which tell the job from others."""
+        """The tuple (sequence, position), which identifies the job."""
         return self.sequence, self.position
 
 

@@ -202,11 +202,14 @@ def job_rows(target: Target, rows: int, width: int) -> int:
     """Returns the number of rows that a core loads, rounds and stores at a time. A row is one head of one token.
 
     The `rows` rows of a core are cut into as few parts as possible. All parts but the last have the returned number of
-    rows. It is at most ROWS, or more if needed to hide HBM's latency: half of the MOST_TILES buffers are being loaded
-    at a time, and these loads together have to last as long as the latency. It is never more than SRAM fits, but at
-    least one. Returns 1 if `rows` is 0.
+    rows. The largest number allowed is found in this order:
 
-    width: number of values of a row.
+    1. It is ROWS.
+    2. It is larger if HBM's latency would not be hidden otherwise. Half of the MOST_TILES buffers are loaded at the
+       same time, and these loads together must take as long as the latency.
+    3. It is smaller if SRAM has no room for so many rows, but it is at least 1.
+
+    Returns 1 if `rows` is 0. width: number of values of a row.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -218,7 +221,8 @@ def job_rows(target: Target, rows: int, width: int) -> int:
 def tiles_in_flight(target: Target, rows: int, width: int) -> int:
     """Returns the number of tiles in each circular buffer of a core, from 2 to MOST_TILES.
 
-    It is chosen so that loads hide HBM's latency and the tiles fit SRAM. It is 2 even if SRAM does not fit two tiles.
+    There are as many tiles as are needed to hide HBM's latency, but no more than SRAM has room for. The result is 2
+    even if SRAM has no room for two tiles.
 
     rows, width: size of a tile.
     """

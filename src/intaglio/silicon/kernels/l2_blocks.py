@@ -24,9 +24,9 @@ class L2Blocks(RandomL2):
         self.stored = self.gone = 0.0  # bytes of results: stored, and written back to HBM since
 
     def put(self, size: float, dirty: bool = False) -> float:
-        """Put `size` bytes into the L2, which evicts others if it is full. Returns the bytes that are written to HBM.
+        """Put `size` bytes into the L2. Returns the number of evicted bytes that are written to HBM to make room.
 
-        dirty: True if HBM does not have these bytes, so that their later eviction writes them to HBM.
+        dirty: True if HBM does not have the new bytes, so that they must be written to HBM when they are evicted.
         """
         if not self.tight:
             return 0.0
@@ -96,12 +96,12 @@ class L2Blocks(RandomL2):
 
 
 def fetched_bytes(start: int, stop: int, width: int, first: int) -> float:
-    """Returns how many bytes per row HBM reads, on average, to load bytes start .. stop - 1 of each row of a matrix.
+    """Returns the mean number of bytes that HBM reads per row to load bytes start .. stop - 1 of each row of a matrix.
 
-    HBM reads whole lines. The mean is over rows that begin at different places in a line. Lines that earlier loads of
-    the same rows have fetched are not counted again, see cache.py.
+    HBM reads whole lines. The mean is taken over rows that begin at different places in a line. Each row is loaded in
+    several loads from left to right. Lines that earlier loads of the rows have fetched are not counted again.
 
-    width: bytes of a row. first: bytes of each row that the first load of these rows takes.
+    width: bytes of a row. first: bytes of a row that the first of these loads takes.
     """
     if width - first < LINE:  # the first load touches all lines
         return 0.0 if start else float(width)

@@ -121,7 +121,10 @@ class LinearKernel(ChipKernel):
 
 @lru_cache(maxsize=65536)
 def stream_seconds(target: Target, kernel: LinearKernel, rows: int) -> float:
-    """Returns the modelled seconds in which the streams multiply `rows` rows of x, without bias, residual, launches."""
+    """Returns the modelled seconds that the instruction streams of `kernel` take to multiply `rows` rows of x by w.
+
+    If K is split, the time to add the partial sums is included. Bias, residual and launch overhead are not included.
+    """
     sides, k = 1 + kernel.glu, kernel.k
     how = kernel.x_format, kernel.w_format, kernel.w_bits, kernel.group
     cut = tiling(target, (rows, kernel.n, k), *how, sides)

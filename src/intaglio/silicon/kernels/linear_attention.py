@@ -27,8 +27,8 @@ DIFFERENCE = postfix("a - b")
 class LinearAttentionKernel(SequenceKernel):
     """Chip kernel of `linear_attention`. A core processes some value columns of one head of a sequence at a time.
 
-    Its part of the state has one row for each column of the keys. For each token, Map instructions decay and update the
-    state, and Combine instructions multiply it by k and q.
+    The core needs the same columns of the head's state, which has one row for each column of the keys. For each token,
+    Map instructions decay and update the state, and Combine instructions multiply it by k and q.
 
     Attributes:
         values: number of columns of a head's values.

@@ -72,6 +72,6 @@ class MapKernel(RowsKernel):
 def part_of(x: Region, rows: slice, columns: slice) -> Region:
     """Returns the part of the operand `x` with the given rows and columns.
 
-    If x has only one column, that column stands for all, and it is returned for the given rows.
+    If `x` has only one column, its values are used for all columns; the part is then this column of the given rows.
     """
     return x.part(rows, columns if x.cols > 1 else slice(None))

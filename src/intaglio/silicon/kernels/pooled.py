@@ -53,14 +53,16 @@ class PoolKeysKernel(ChipKernel):
     def pooled(self) -> int:
         """The largest number of rows of each cache that are pooled into one entry.
 
-        With `overlap`, the first entry of a sequence is pooled from half as many, since no run precedes it.
+        With `overlap`, the first entry of a sequence is pooled from only half this number of rows, since no run of
+        tokens precedes it.
         """
         return self.every * (1 + self.overlap)
 
     def plan(self, target: Target) -> tuple[int, int]:
-        """Returns (columns of a tile, number of tiles in each circular buffer).
+        """Returns (number of columns of a tile, number of tiles that each circular buffer in SRAM holds).
 
-        The columns are halved until SRAM fits two tiles in each buffer.
+        A tile is as wide as an entry if SRAM then has room for at least two tiles in each buffer. Otherwise its number
+        of columns is halved until SRAM has room for two tiles, or until one column is left.
         """
         step = self.head_dim
         while True:
@@ -143,10 +145,10 @@ class PoolKeysKernel(ChipKernel):
 
 
 def cache_rows(op: PoolKeys, batch: Batch, sequence: int, row: int) -> np.ndarray:
-    """Returns int64 [n]: the numbers of the rows, in both caches, that are pooled into one entry.
+    """Returns the numbers of the cache rows that are pooled into one entry, as int64 [n].
 
-    The entry is that of the run of tokens that ends with the token in row `row` of the step. A cache has one row for
-    each slot and head. sequence: number of the token's sequence.
+    The numbers hold for both caches, each of which has one row for each slot and head. The entry belongs to the run of
+    tokens that ends with the token in row `row` of the step. sequence: number of this token's sequence.
     """
     table, at, n = batch.of_windows.block_table[sequence], int(batch.positions[row]), 1 + op.overlap
     taken = np.arange(max(0, at + 1 - n * op.every), at + 1)

@@ -29,7 +29,10 @@ MOST_TILES, MOST_GROUPED_TILES = 4, 8  # that run on a core at a time: of a prod
 
 @lru_cache(maxsize=64)
 def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all combinations of tile and K split, as three equally long arrays: tile rows, tile columns, K splits."""
+    """Returns all combinations of a tile size and a K split, as three arrays with one item for each combination.
+
+    The arrays are: rows of a tile, columns of a tile, number of parts into which K is divided.
+    """
     grid = np.array([(m, n, s) for m, n in tiles for s in split_k], float)
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
@@ -123,8 +126,8 @@ def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> t
     """Returns a core's use of SRAM: (rows per drain, bytes of all stages, bytes of a stage that hold no operands).
 
     - Rows per drain: number of rows of a tile that move from the accumulators to SRAM at a time.
-    - Bytes of all stages: a stage is a buffer for the operands of one step over K. The stages get what two tiles of
-      drained rows, two rows of bias and 1,024 bytes leave, but at least a quarter of SRAM.
+    - Bytes of all stages: a stage is a buffer for the operands of one step over K. SRAM also holds two buffers of
+      drained rows, two rows of bias and 1,024 other bytes. The stages get the rest, but at least a quarter of SRAM.
     - Bytes of a stage that hold no operands: its scales (if x has 8 bits) and padding for alignment; at most an eighth
       of all stages.
 
@@ -153,8 +156,8 @@ class Grouped:
         scattered: True if rows of the result are stored by index. These stores go to HBM and bypass the L2.
         overfetch: bytes that the kernel moves from the L2, divided by the bytes of the weights.
         convert_ops: operations of the vector lanes to convert one weight.
-        run: number format in which the matrix array multiplies; "": the wider of the two operand formats, or the format
-            that the array uses for it.
+        run: number format in which the matrix array multiplies. "": each operand format stands for the format in which
+            the array multiplies it, and the wider of these two formats is used.
     """
 
     counts: tuple[int, ...]
@@ -167,12 +170,13 @@ class Grouped:
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
                  glu: bool = False, resident: bool = False, heads: int = 1, grouped: Grouped | None = None,
                  streamed: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Returns a dict of arrays: times of x [m, k] @ w.T [k, n] for each choice of tile and K split of the library.
+    """Returns the modelled times of x [m, k] @ w.T [k, n] for each choice of tile and K split, as a dict of arrays.
 
-    This is the time of a library's kernels; product_loop.py computes the time of the instruction streams. For each of
-    its tiles a core loads operands in steps over K, multiplies them, drains the tile (moves its sums from accumulators
-    to SRAM) and stores it. Tiles at the edge are padded, and multiplied whole. A choice that is not possible has
-    infinite seconds: K is split into parts of fewer than 4 steps, or K is split although there are several products.
+    The choices are those of the library, and the times are those of its kernels. (The time of the instruction streams
+    is computed in product_loop.py.) For each of its tiles a core loads operands in steps over K, multiplies them,
+    drains the tile (moves its sums from accumulators to SRAM) and stores it. Tiles at the edge are padded, and
+    multiplied whole. Two kinds of choices are not possible, and get infinite seconds: those that split K into parts of
+    fewer than 4 steps, and those that split K although there are several products.
 
     Args:
         target: the chip and its kernel library.
@@ -218,9 +222,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     shape, seconds = found["seconds"].shape, found["seconds"].max(axis=0)
 
     def of_all(v: Any) -> Any:
-        """Returns the first item of the array `v`: the values for the product of all m rows.
+        """Returns the part of `v` that belongs to the product of all m rows.
 
-        In a tuple, each item is replaced in this way. Any other value is returned unchanged.
+        An array has a first axis for the numbers of rows that were timed; its item 0 is returned. A tuple is returned
+        with this done for each of its items. Any other value is returned unchanged.
         """
         if isinstance(v, tuple):
             return tuple(of_all(one) for one in v)
@@ -371,7 +376,7 @@ def product_times(
 
         This is the load itself plus HBM's latency. If cores share weights (in a persistent kernel whose block has
         several rows of tiles), only the first core to load them waits for the latency; the others load other data
-        meanwhile. The cores take turns in being first, so the longer of the two times counts.
+        meanwhile. The cores take turns in being first, so the result is then the longer of load and latency.
 
         load_s: seconds of the load itself.
         """
@@ -459,8 +464,12 @@ def product_times(
         def loop(rounds: Any, load_s: Any, alone_s: Any, edges: Any) -> Any:
             """Returns the seconds from the start of a core's loop over its tiles to its last matmul.
 
-            It is the largest of three sums: the matmuls of all tiles; the loads of all tiles plus the matmuls of the
-            last; and the waits for free stages as long as weights come from HBM.
+            A stage is a buffer for the operands of one step. The result is the largest of three times:
+
+            - the start plus the matmuls of all tiles;
+            - the loads of all tiles plus the matmuls of the last tile;
+            - the start, plus the time of the tiles whose weights come from HBM, with their waits for free stages, plus
+              the matmuls of the other tiles.
 
             Args:
                 rounds: number of tiles of the core.

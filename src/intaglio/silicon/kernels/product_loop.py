@@ -80,10 +80,10 @@ class _Cores:
 class _Flows:
     """A group of transfers in flight that all run at the same rate.
 
-    HBM moves the same number of bytes for each byte of these transfers.
+    The transfers have in common how many bytes HBM moves for each byte that is transferred.
 
     Attributes:
-        moved: bytes that a transfer has moved if it has been in flight since the first of these began.
+        moved: number of bytes that a transfer would have moved by now if it had begun when the group was last empty.
         rate: current rate of each transfer in bytes/s.
         ends: a heap with a tuple for each transfer. Its items are: the value of `moved` at which the transfer ends; the
             transfer's number; its group of cores; True for a store; how many of these cores access bytes that the L2
@@ -254,7 +254,7 @@ class _Loop:
         return at
 
     def store(self, core: _Cores) -> None:
-        """Begin to store the next piece of these cores. Returns nothing."""
+        """Start to store the next piece of the result on each core of the group `core`. Returns nothing."""
         size, n = core.of.pieces[len(core.stored)].size, core.of.count
         if not self.chip.l2_bytes or self.scattered:
             self.begin(core, size, True, n, 1.0, 0.0, 0.0)
@@ -264,10 +264,14 @@ class _Loop:
         self.begin(core, size, True, n if missed else 0, missed, 0.0, 0.0)
 
     def load(self, core: _Cores) -> None:
-        """Begin the next load of these cores. Returns nothing.
+        """Start the next transfer of operands into the SRAM of the cores of the group `core`. Returns nothing.
 
-        Consecutive loads of a step whose data the L2 has are one transfer. Without an L2, all loads of a step are one
-        transfer.
+        A step has one or several loads of operands, which are done in order. The transfer consists of these loads:
+
+        - On a chip without an L2: all loads of the current step.
+        - If the L2 lacks some operands of the next load: only this load.
+        - If the L2 has all operands of the next load: this load, and the loads of the step that follow it, up to the
+          first load with operands that the L2 lacks.
         """
         loads, n = core.of.steps[len(core.visible)].loads, core.of.count
         if not self.chip.l2_bytes:

@@ -242,8 +242,8 @@ class ProductSteps:
     def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
         """Returns a list with one pair for each step: (number of the operand's L2 block, bytes of each row in it).
 
-        If earlier steps have loaded all cache lines of a step, its item has the block number of the step before, and 0
-        bytes. of: name of the operand, "x" or "w".
+        A step loads only the cache lines that no earlier step has loaded. If there are none, its pair is (block number
+        of the step before, 0.0). of: name of the operand, "x" or "w".
         """
         place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
         if place not in self.places:

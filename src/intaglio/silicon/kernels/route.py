@@ -84,9 +84,10 @@ class RouteKernel(RowsKernel):
         return target.chip.constants.hbm_latency_s * self.listed
 
     def time(self, target: Target, sizes: BatchSizes, prefetched: bool) -> Timing:
-        """Returns the Timing of the op in a step: the time model of RowsKernel, with additions if `listed` is set.
+        """Returns the Timing (modelled time and HBM bytes) of the op in a step.
 
-        If a table lists the experts of each token, these are added:
+        It is the time of a kernel that processes independent rows (RowsKernel). If a table lists the experts of each
+        token (`listed`), these are added:
 
         - seconds: HBM's latency, since a core needs the ids of its tokens before it can load their rows of the table.
         - HBM bytes: the table's rows, on a chip with an L2. Without an L2 they are counted already.

@@ -51,8 +51,8 @@ def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
     """Returns the number of tiles in each circular buffer of a core, chosen so that loads in flight hide HBM's latency.
 
-    It is at least 2 and at most MOST_TILES. If SRAM does not fit so many tiles, it is the number that fits, but at
-    least 1.
+    It is at least 2 and at most MOST_TILES. If SRAM has no room for so many tiles, it is the number of tiles for which
+    SRAM has room, but at least 1.
 
     Args:
         target: the chip.
@@ -100,9 +100,10 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """Returns a tuple: for each SRAM tile that a core needs for one row, its number of FP32 columns.
+        """Returns the widths of the SRAM tiles that a core needs to process one row, as a tuple of ints.
 
-        The base class returns self.width once for each operand, and at least twice.
+        A width is a number of FP32 values. The tuple of the base class has self.width once for each operand, and at
+        least twice.
         """
         return (self.width,) * max(2, self.operands)
 
@@ -118,11 +119,17 @@ class RowsKernel(ChipKernel):
         return (1.0,)
 
     def loaded(self) -> tuple[float, ...]:
-        """Part of a job's bytes that each piece loads, if not that of pieces(); see TileLoop.loaded."""
+        """Returns the fraction of a job's bytes that each piece loads, as a tuple with one number per piece.
+
+        The base class returns (): each piece loads the fraction that pieces() gives for it.
+        """
         return ()
 
     def worked(self, chip: ChipSpec) -> tuple[float, ...]:
-        """Part of a job's cycles that each piece computes; see TileLoop.worked. The base class returns ()."""
+        """Returns the fraction of a job's cycles() that each piece takes, as a tuple with one number per piece.
+
+        The base class returns (): each piece takes all of the cycles().
+        """
         return ()
 
     def in_runs(self) -> bool:
@@ -144,7 +151,10 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes + (INDICES_SRAM if self.in_runs() else 0)
 
     def depth(self, target: Target) -> int:
-        """Returns the number of tiles in each circular buffer of a core, as ring_depth() chooses it for this op."""
+        """Returns the number of tiles in each circular buffer of a core.
+
+        It is large enough that loads in flight hide HBM's latency, as far as SRAM has room (see ring_depth()).
+        """
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())

@@ -55,9 +55,10 @@ class SinkhornKernel(RowsKernel):
 @chip_kernel(MixStreams)
 @dataclass(frozen=True)
 class MixStreamsKernel(RowsKernel):
-    """Chip kernel of `mix_streams`, which mixes residual streams. A job has one row and up to COLUMNS columns a stream.
+    """Chip kernel of `mix_streams`, which mixes residual streams.
 
-    Each stream of the result is a sum of terms. Each term has one Map instruction.
+    A job is one row and up to COLUMNS columns of each stream. Each stream of the result is a sum of terms. Each
+    term has one Map instruction.
 
     Attributes:
         width: columns of one stream.

@@ -107,12 +107,13 @@ class TileJob:
 
     Attributes:
         rows: slice of the rows of x and of the result.
-        w: the weights: one item, or two for a GLU pair (gate, up).
-        columns: for each item of `w`, the slice of its rows that the tile multiplies.
+        w: a sequence of weight matrices: only one, or two (gate, up) for a GLU pair.
+        columns: for each matrix of `w`, the slice of its rows that the tile multiplies.
         steps: slices of K; the tile is computed in these steps.
         out: slice of the columns of the result.
-        first: column of x that is multiplied by the first column of `w`; above 0 if x has the inputs of several heads.
-        index: number of the part of K, of the expert or of the head, where there are several; else 0.
+        first: column of x that is multiplied by the first column of `w`. It is above 0 only if x has the inputs of
+            several heads.
+        index: number of this job's part of K, expert or head, if the product has several of them; otherwise 0.
         accs: the accumulators, one for each item of `columns`; product_streams() sets them.
         factor: SRAM tile with the scales of x that were loaded last; None before the first load.
         held: scales of w that were loaded last: {index into `columns`: (slice of scale numbers along K, SRAM tile)}.
@@ -275,10 +276,10 @@ def product_streams(
 
 
 def pieces(job: TileJob, ring: Ring) -> Iterator[tuple[slice, slice]]:
-    """Divide a tile's rows into pieces of one SRAM buffer. Yields (rows within the tile, rows of the result) of each.
+    """Divide a tile's rows into pieces that each fill one SRAM buffer. Yields a pair of slices for each piece.
 
-    The two are slices of equal length. A piece has as many rows as one SRAM buffer of `ring`; the last piece may have
-    fewer. The pieces move from accumulators to SRAM one after the other.
+    The pair is (the piece's rows counted from the first row of the tile, its rows in the whole result). A piece has as
+    many rows as one SRAM buffer of `ring`; the last piece may have fewer.
     """
     for piece in slices(job.rows.stop - job.rows.start, ring.tiles[0].rows):
         yield piece, shifted(piece, job.rows.start)

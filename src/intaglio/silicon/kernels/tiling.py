@@ -69,10 +69,11 @@ def tiling(
     target: Target, size: tuple[int, int, int], x_format: str, w_format: str, w_bits: float,
     group: int = 0, sides: int = 1, residual: bool = False, heads: int = 1, grouped: Grouped | None = None,
 ) -> Tiling:  # fmt: skip
-    """Returns the Tiling for `heads` products x [m, k] @ w.T [k, n], based on the fastest choice of time_choices().
+    """Returns the Tiling with which `heads` products x [m, k] @ w.T [k, n] take the least modelled time.
 
-    time_choices() does not count the SRAM for the residual and the scales. If they do not fit as well, the Tiling has
-    fewer stages, or a smaller depth, than the fastest choice.
+    The times come from time_choices(), which does not count the SRAM for the residual and for the scales. If SRAM has
+    no room for these in addition to the tiles, the Tiling has fewer stages or a smaller depth than the fastest choice.
+    The depth may also be smaller so that the columns with one scale are divided into equal steps.
 
     Args:
         target: chip and kernel library.
@@ -84,9 +85,10 @@ def tiling(
         sides: 2 for a GLU pair, else 1.
         residual: True if a residual is added.
         heads: number of products, each with its own x and w.
-        grouped: None, or the row counts of several products (experts); m and heads are then ignored.
+        grouped: row counts of several products (experts), in place of m and heads, which are then ignored; None: m and
+            heads count.
 
-    Raises MachineError if SRAM does not fit two stages with one K value each.
+    Raises MachineError if SRAM has no room even for two stages of one K value each.
     """
     chip, (m, n, k) = target.chip, size
     how = time_choices(

@@ -47,14 +47,16 @@ def linear(lane: Lane, op: Linear) -> None:
 
 
 def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
-    """Append a Linear op to one rank's Program as several partial sums, as a layout with a larger tp computes them.
+    """Append a Linear op to one rank's Program as several products, whose results (partial sums) are added up.
 
-    The result then has the same bits as with that tp (lane.layout.sums). Each part is a product over some columns of x.
-    The parts are added in their order. A rank that has all of x computes all parts, and adds each part to the sum of
-    the parts before it. Otherwise each rank of a group computes an equal number of parts, and an all_gather gives every
-    rank all parts. Returns nothing.
+    With more tensor parallelism, tp = lane.layout.sums, each rank would compute one of these products. The result has
+    the same bits as in that layout. Each product takes some columns of x, called a part. The partial sums are added in
+    the order of the parts. A rank that has all of x computes all products, and adds each result to the sum of the
+    results before it. Otherwise each rank of a group computes an equal number of products, and an all_gather gives
+    every rank all results. Returns nothing.
 
-    parts: for each part, its columns of x. Raises LayoutError if a rank's columns of x are not whole parts.
+    parts: the columns of x that belong to each part. Raises LayoutError if the columns of x that a rank has begin or
+    end inside a part.
     """
     cut_x, width = lane.shares.get(op.x), int(lane.p.tensors[op.x].shape[1])
     held = cut_x[lane.lane] if cut_x else (range(width),)

@@ -81,7 +81,8 @@ class Architecture:
         shift: offset that the converter added to norm weights.
         variants: {name in llama.cpp of a tensor that only some files have: a dict like `names`}. If a file has the
             tensor, the entries of this dict override those of `names`.
-        changes: {name in llama.cpp of a tensor whose values the converter has changed: function that adds the tensor}.
+        changes: {name in llama.cpp of a tensor whose values the converter has changed: function that undoes the change
+            and adds the tensor to the file's Tables}.
         scales: {name X in llama.cpp: full name in transformers of the tensor X.scale}.
     """
 

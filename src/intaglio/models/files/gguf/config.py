@@ -22,8 +22,9 @@ def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> d
     Args:
         m: the metadata.
         norm: "rms" or "layer", the kind of norm whose epsilon the file has.
-        width: inner width of an MLP, if it differs between layers; 0: the width in the metadata.
-        kv_heads: number of K/V heads, if it differs between layers; 0: the number in the metadata.
+        width: value of the key intermediate_size. 0: the value in the metadata, which must be equal in all layers.
+        kv_heads: value of the key num_key_value_heads. 0: the value in the metadata, which must be equal in all layers
+            with attention.
 
     Raises CheckpointError for a missing key, PortError for a scaling of rope that is not supported.
     """

@@ -53,10 +53,10 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 
 
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
-    """Find a pair (period, offset) such that exactly the layers `found` have the numbers i with i % period == offset.
+    """Returns two ints (period, offset): the layers `found` are exactly the layers i with i % period == offset.
 
-    In a model of n layers, the pair is (n + 1, n) if `found` is empty, and (n + 1, number of the layer) if it has one
-    layer. Raises PortError if there is no such pair.
+    In a model of n layers, the pair is (n + 1, n) if `found` is empty, and (n + 1, number of the layer) if `found` has
+    only one layer. Raises PortError if there is no such pair.
 
     Args:
         m: the metadata, which has the number of layers.

@@ -13,11 +13,11 @@ from intaglio.models.files.gguf.tensors import Tables
 
 @dataclass(frozen=True)
 class Metadata:
-    """Metadata of a GGUF file, with its tensors by transformers' names.
+    """The metadata (keys and values) and the tensors of a GGUF file.
 
     Attributes:
         file: the file.
-        tables: the file's tensors.
+        tables: the file's tensors, under the names that they have in transformers.
         factors: lists of rope frequency factors from the file. The keys are "freqs", "long" and "short"; a key is
             missing if the file has no such factors.
         seen: keys that were read so far, as in the file, such as llama.block_count.

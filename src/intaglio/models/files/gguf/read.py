@@ -37,7 +37,7 @@ class GgufModel:
     Attributes:
         file: the open file.
         config: the model's settings in the form of config.json.
-        tables: the model's tensors by transformers' names.
+        tables: the model's tensors, under the names that they have in transformers.
         keys: for each metadata key, whether it was used or ignored, and why.
     """
 

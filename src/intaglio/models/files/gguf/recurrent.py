@@ -36,9 +36,10 @@ def rates(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def vector(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add a vector to `tables`. The file stores its values as a matrix. Returns nothing.
+    """Add a vector to `tables`, which the file stores as a matrix. Returns nothing.
 
-    Such tensors are D [heads, 1] and a norm's weights [groups, columns].
+    The vector is D, which the file stores as [heads, 1], or the weights of a norm, which it stores as [groups,
+    columns].
 
     Args:
         tables: the file's tensors by their names in transformers; changed in place.
