@@ -211,11 +211,11 @@ class CacheIndex:
         self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
-        """Record that a prompt was sent to the replica, so that its prefixes count as cached from now on.
+        """Record that a prompt was sent to the replica. Returns nothing.
 
-        Returns nothing. A prefix counts as cached for ASSUMED_SECONDS. Once the prompt has been computed, this is
-        shortened to CONFIRMED_SECONDS from then (see computed()). There is no time limit while `stale` is True or the
-        replica has sent no events. At most ASSUMED_MAX prefixes are kept; the oldest are dropped.
+        The prefixes of the prompt count as cached from now on, for ASSUMED_SECONDS. Once the prompt has been computed,
+        this is shortened to CONFIRMED_SECONDS from then (see computed()). There is no time limit while `stale` is True
+        or the replica has sent no events. At most ASSUMED_MAX prefixes are kept; the oldest are dropped.
 
         Args:
             keys: the prefix keys of the prompt's text, shortest prefix first (see prefix_keys()).

@@ -8,9 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Job:
-    """A request as the router sees it: what it needs to know to place the request on a replica.
+    """A request as the router sees it.
 
-    All times are in seconds by the clock of the argument `now` of the Router's methods.
+    A Job has the facts about a request that the router needs to place it on a replica. All times are in seconds. They
+    are by the same clock as the argument `now` of the Router's methods.
 
     Attributes:
         id: text that is unique among live requests.

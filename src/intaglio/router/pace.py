@@ -19,7 +19,9 @@ TRUSTED_STEPS = 50.0  # weight of a replica's steps at which its own speed count
 
 @dataclass(frozen=True)
 class Pace:
-    """Model of a replica's step time: a step with T token rows takes per_step + T * per_token seconds.
+    """Model of a replica's step time.
+
+    A step with T token rows takes per_step + T * per_token seconds.
 
     measured: False if the numbers are defaults, because no replica has reported step times yet.
     """

@@ -55,11 +55,12 @@ Policy = Callable[[Sequence[Estimate]], Estimate]
 
 
 def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, pace: Pace, ahead: int = 0) -> Estimate:
-    """Returns the Estimate of a job on a replica: cached prompt tokens, and seconds until its first token and its end.
+    """Returns the Estimate of a job on a replica.
 
-    The replica first prefills the jobs before this job, then this job's uncached tokens. After that the first token
-    comes, and the decode steps follow. At least the last prompt token is computed, because its logits are needed. A job
-    of stage "prefill" ends with its first token.
+    It has the number of cached prompt tokens, and the seconds until the job's first token and until its end. The
+    calculation is as follows. The replica first prefills the jobs before this job, then this job's uncached tokens.
+    After that the first token comes, and the decode steps follow. At least the last prompt token is computed, because
+    its logits are needed. A job of stage "prefill" ends with its first token.
 
     Args:
         replica: the replica.

@@ -14,10 +14,11 @@ KEY_BYTES = 8
 
 
 def prefix_keys(salt: bytes, pieces: Iterable[bytes]) -> tuple[bytes, ...]:
-    """Returns the prefix keys of a prompt's text: a tuple of hashes, one for each whole chunk of CHUNK_BYTES bytes.
+    """Returns the prefix keys of a prompt's text, as a tuple of hashes.
 
-    Key i is a hash of `salt` and of chunks 0 to i, as bytes of length KEY_BYTES. So two prompts with the same key i
-    have the same first i + 1 chunks. Returns () if the text is shorter than a chunk.
+    There is one key for each whole chunk of CHUNK_BYTES bytes; () if the text is shorter than a chunk. Key i is a hash
+    of `salt` and of chunks 0 to i, as bytes of length KEY_BYTES. So two prompts with the same key i have the same first
+    i + 1 chunks.
 
     Args:
         salt: bytes such as the model's name and the request's cache salt. Prompts with different salts share no keys.

@@ -51,7 +51,7 @@ class LoadReport:
 
 @dataclass
 class Replica:
-    """The router's record of one replica: its state, its last report, its cache index and the jobs placed on it.
+    """The router's record of one replica.
 
     Attributes:
         name: the replica's name in the router.

@@ -224,10 +224,10 @@ class Router:
             replica.index.computed(keys, now)
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Record that a job has ended or was cancelled: remove it from its replica or from the queue. Returns nothing.
+        """Record that a job has ended or was cancelled. Returns nothing.
 
-        If the job was ever placed, the charge of its tenant is corrected to the output that was generated. Call this
-        also for each job that expired() has returned.
+        The job is removed from its replica or from the queue. If the job was ever placed, the charge of its tenant is
+        corrected to the output that was generated. Call this also for each job that expired() has returned.
 
         Args:
             job: the job.
@@ -294,11 +294,12 @@ class Router:
     # Inside
 
     def _takers(self, stage: str) -> list[Replica]:
-        """Returns a list of the replicas that can be given jobs of the stage `stage` now.
+        """Returns a list of the replicas on which jobs of one stage can be placed now.
 
-        stage: "all" for whole requests, "prefill" for jobs that only compute a prompt (see Job). Whole requests go to
-        prefill replicas only if no other replica is ready. Prefill jobs go to other replicas only if no prefill replica
-        is ready.
+        Only ready replicas are returned. stage: the part of a request that the jobs compute (see Job):
+
+        - "all", the whole request: all replicas except prefill replicas; if there are none, the prefill replicas.
+        - "prefill", only the prompt: all prefill replicas; if there are none, the other replicas.
         """
         alive = [r for r in self.replicas.values() if r.placeable]
         if stage == "prefill":

@@ -42,7 +42,9 @@ class Accounting:
             row += len(chunk.rows)
 
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
-        """Apply the result of a step to one sequence: append its sampled tokens and emit its events. Returns nothing.
+        """Apply the result of a step to one sequence. Returns nothing.
+
+        The sequence's sampled tokens are appended to it, and its events are emitted.
 
         `row` is the index of the sequence's first row in the result. The sequence's rows are, in this order:
 

@@ -16,7 +16,9 @@ RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # bounds of the Retry-After se
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """The work that is queued and running in an engine at one moment; an input of Admission.admit().
+    """The work that is queued and running in an engine at one moment.
+
+    Admission.admit() uses it to decide whether a request is admitted.
 
     Attributes:
         waiting: number of waiting sequences.

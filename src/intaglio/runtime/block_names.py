@@ -99,7 +99,9 @@ class BlockNames:
         return digest(parent.encode() + b" " + np.asarray(tokens, "<i8").tobytes())
 
     def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:
-        """Yield the names of a sequence's full K/V blocks one by one, in order. of() returns the same names as a list.
+        """Yield the names of a sequence's full K/V blocks, in order.
+
+        of() returns the same names as a list.
 
         tokens: token ids of the sequence. salt: the request's cache salt; None if it has none.
         """

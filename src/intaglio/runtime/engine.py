@@ -386,9 +386,9 @@ class Engine:
         ]
 
     def _start(self, scheduled: list[ScheduledSequence], now: float) -> None:
-        """Record the start time and the prefix-cache hits of each sequence in `scheduled` that is in its first step.
+        """Record the start time and the prefix-cache hits of sequences in their first step. Returns nothing.
 
-        now: the time in seconds.
+        scheduled: the sequences of the step; those that have started before are skipped. now: the time in seconds.
         """
         for s in (one.sequence for one in scheduled):
             if s.started is None:

@@ -106,11 +106,11 @@ class ExpertBalancer:
             self.loads[site] = ExpertLoad(base + load.tokens, load.held)
 
     def propose(self, site: str, recent: np.ndarray) -> Ranks | None:
-        """Returns a better placement of one layer's experts: for each rank a tuple of the experts that it is to hold.
+        """Returns a better placement of one layer's experts, or None.
 
-        Returns None in these cases:
+        A placement has for each rank a tuple of the experts that the rank is to hold. Returns None in these cases:
 
-        - The layout has no redundant experts.
+        - The layout has no redundant experts, or the experts of a rank are not known.
         - No expert got a token.
         - The imbalance (load of the busiest rank / mean load) would not fall by the factor `worth`.
 

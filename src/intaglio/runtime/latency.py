@@ -70,14 +70,20 @@ class StepFit:
 
     @property
     def seconds_per_token(self) -> float:
-        """Returns the slope of the fit: the seconds that each token row adds to a step. 0 if it cannot be fitted."""
+        """Returns the number of seconds that each token row adds to a step; 0 if it cannot be fitted.
+
+        It is the slope of the fit.
+        """
         if self.tokens_squared <= 0 or self.tokens_by_seconds <= 0:
             return 0.0
         return min(self.tokens_by_seconds / self.tokens_squared, self.mean_seconds / self.mean_tokens)
 
     @property
     def seconds_per_step(self) -> float:
-        """Returns the intercept of the fit: the part of a step's seconds that does not depend on its tokens."""
+        """Returns the part of a step's seconds that does not depend on its number of tokens.
+
+        It is the intercept of the fit.
+        """
         return max(0.0, self.mean_seconds - self.seconds_per_token * self.mean_tokens)
 
 

@@ -13,10 +13,11 @@ from intaglio.runtime.stats import Counts
 
 
 class LiveRequests:
-    """The requests that an engine is serving: those with at least one sequence that has not ended.
+    """The requests that an engine is serving.
 
-    Every sequence ends through end(), which frees its blocks and returns its last Event. emit() collects the events of
-    a step, and take_events() returns them at the end of the step.
+    A request is one of them as long as at least one of its sequences has not ended. Every sequence ends through end(),
+    which frees its blocks and returns its last Event. emit() collects the events of a step, and take_events() returns
+    them at the end of the step.
 
     by_id: dict from request id to the sequences of all the request's choices.
     """
@@ -47,9 +48,9 @@ class LiveRequests:
         return [s for s in self.by_id.get(id, []) if s.state != "ended"]
 
     def expire(self, now: float) -> None:
-        """End every sequence whose deadline has passed at the time `now` (seconds), and emit its last event.
+        """End every sequence whose deadline has passed, and emit its last event. Returns nothing.
 
-        Returns nothing.
+        now: the time in seconds.
         """
         if now >= self.next_deadline:
             for s in [s for s in self.sequences() if s.deadline() <= now]:

@@ -161,10 +161,10 @@ class Offload:
         return len(contents)
 
     def started(self, blocks: list[int]) -> None:
-        """Tell the tier that a sequence starts with the given blocks, so that it counts them as recently used.
+        """Tell the tier that a sequence starts with the given blocks. Returns nothing.
 
-        Returns nothing. The blocks are also queued for the next save(), which writes those that the tier has evicted.
-        Blocks that are not in the prefix cache are left out.
+        The tier then counts the blocks as recently used. The blocks are also queued for the next save(), which writes
+        those that the tier has evicted. Blocks that are not in the prefix cache are left out.
 
         blocks: numbers of the blocks.
         """

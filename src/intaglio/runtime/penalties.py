@@ -50,9 +50,9 @@ class Penalties:
         return Edits(self.ids[:n].copy(), self.scale[:n].copy(), add.astype(np.float32))
 
     def _grow(self) -> None:
-        """Double the length of the arrays, which have one row for each token id, or add 8 rows if that is more.
+        """Double the length of the arrays, or add 8 rows if that is more. Returns nothing.
 
-        Returns nothing.
+        The arrays have one row for each token id that has a penalty or a bias.
         """
         more = max(8, len(self.ids))
         self.ids, self.counts = (np.append(a, np.zeros(more, np.int32)) for a in (self.ids, self.counts))

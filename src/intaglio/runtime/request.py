@@ -26,7 +26,10 @@ class ParamsError(ValueError):
 
 
 class RequestError(ValueError):
-    """Raised for a request that can never be served, for example because its prompt is too long or its id is in use."""
+    """Raised for a request that can never be served.
+
+    For example, its prompt is too long or its id is in use.
+    """
 
 
 class Refused(RuntimeError):
@@ -77,7 +80,10 @@ class Grammar:
 
 
 class Matcher(Protocol):
-    """Interface of an object that tracks one output against a grammar. advance() tells it each token."""
+    """Interface of an object that knows which tokens a grammar allows next in one output.
+
+    advance() tells the object each token of the output. mask() returns the allowed tokens.
+    """
 
     def mask(self) -> np.ndarray:
         """Returns the bit mask of the token ids that the grammar allows next.
@@ -330,9 +336,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """News of one choice (output): a new token, the end of the choice, both, or log-probabilities of the prompt.
+    """A report of the engine about one choice, that is, about one output of a request.
 
-    An event with a finish_reason is the last event of its choice.
+    It reports a new token, the end of the choice, both, or log-probabilities of the prompt. An event with a
+    finish_reason is the last event of its choice.
 
     Attributes:
         request: id of the request.

@@ -10,7 +10,9 @@ from intaglio.runtime.request import Grammar, Request, SamplingParams
 
 
 def write_request(request: Request, seed: int) -> dict[str, Any]:
-    """Returns a request's fields as a dict that can be written as JSON, without the functions stop_checker and matcher.
+    """Returns a request's fields as a dict that can be written as JSON.
+
+    The fields stop_checker and matcher are left out, because they are functions.
 
     seed: the seed that the request uses; it replaces the seed in the sampling parameters.
     """

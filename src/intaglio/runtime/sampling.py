@@ -17,10 +17,10 @@ from intaglio.runtime.sequence import Sequence
 
 
 def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None:
-    """Returns the changes (Edits) of the logits from which the next token is sampled; None if the request has none.
+    """Returns the changes (Edits) to apply to the logits before the next token is sampled.
 
-    They come from the penalties and logit biases in the sampling parameters `p`. The next token is the token after
-    `prompt` and `output`, which are token ids.
+    Returns None if the request changes no logits. The changes come from the penalties and logit biases in the sampling
+    parameters `p`. The next token is the token after `prompt` and `output`, which are token ids.
     """
     if not p.edits_logits:
         return None

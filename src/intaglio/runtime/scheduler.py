@@ -20,7 +20,9 @@ from intaglio.runtime.windows import Windows
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """The work of one sequence in a step: compute its next `num_tokens` tokens, then verify the draft tokens `drafts`.
+    """The work of one sequence in a step.
+
+    The step computes the sequence's next `num_tokens` tokens, then verifies the draft tokens `drafts`.
 
     decodes: True if the step is a decode of this sequence; False if it computes a part of its prompt.
     """
@@ -32,9 +34,10 @@ class ScheduledSequence:
 
     @property
     def samples(self) -> bool:
-        """True if the step samples the sequence's next token: it computes the last of the tokens that the sequence has.
+        """True if the step samples the sequence's next token.
 
-        Always False for a request with `scored` set, which generates nothing.
+        A step does so if it computes the last of the tokens that the sequence has so far. Always False for a request
+        with `scored` set, which generates nothing.
         """
         return self.num_tokens == self.sequence.remaining and not self.sequence.request.scored
 

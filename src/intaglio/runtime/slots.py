@@ -12,7 +12,10 @@ PER_SEQUENCE = 2  # slots of a running sequence: its state, and where the next s
 
 
 class SlotError(RuntimeError):
-    """Error of a SlotPool: it is too small for one sequence, a slot is not held, or no slot is available."""
+    """Error of a SlotPool.
+
+    The pool is too small for one sequence, no slot is available, or a slot is not held by any sequence.
+    """
 
 
 class SlotPool:

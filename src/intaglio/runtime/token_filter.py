@@ -65,7 +65,9 @@ class TokenFilter:
 
 
 def pack(flags: np.ndarray) -> np.ndarray:
-    """Returns boolean flags as a bit mask, uint32 [len(flags) / 32], lowest bit first.
+    """Returns boolean flags packed into a bit mask, uint32 [len(flags) / 32].
+
+    The first flag is the lowest bit of the first number.
 
     flags: bool array whose length is a multiple of 32.
     """

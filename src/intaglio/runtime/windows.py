@@ -21,7 +21,7 @@ from intaglio.runtime.sequence import Sequence
 def reservations(
     window: int, block_size: int, *, context: int, max_batch_tokens: int, depth: int
 ) -> tuple[int, int]:  # fmt: skip
-    """Returns how many window blocks to provide: (blocks that each sequence reserves, blocks that all steps share).
+    """Returns how many window blocks to provide, as (blocks for each sequence, blocks that all steps share).
 
     Window blocks are the K/V blocks of layers with a sliding window. If a sequence has r rows in a step, the step reads
     and writes `window` - 1 + r of its positions. These touch at most window // block_size + 3 + r // block_size blocks.
@@ -44,7 +44,7 @@ def reservations(
 
 
 def first_block(position: int, window: int, block_size: int) -> int:
-    """Returns which of a sequence's blocks is the first that a query at `position` sees, as an index from 0.
+    """Returns the index of the first block of a sequence that a query at `position` sees, counted from 0.
 
     window: number of positions that a query sees. block_size: tokens in a block.
     """
@@ -52,7 +52,9 @@ def first_block(position: int, window: int, block_size: int) -> int:
 
 
 def blocks_of_step(rows: int, keys: int, window: int, block_size: int) -> int:
-    """Returns the number of window blocks that a sequence needs in a step, an int: those that its rows read and write.
+    """Returns the number of K/V blocks that the rows of a sequence read and write in a step.
+
+    Only the K/V blocks of layers with a sliding window (window blocks) are counted.
 
     Args:
         rows: number of token rows of the sequence in the step.

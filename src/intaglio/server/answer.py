@@ -19,10 +19,10 @@ MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent; v
 
 
 class Choice(Protocol):
-    """Interface of an object that builds the response for one choice, that is, for one output of a prompt.
+    """Interface of an object that builds the response for one choice.
 
-    feed() takes the engine's events and returns chunks to stream. whole() returns the complete choice at the end.
-    `rank` is the Rank by which best_of compares choices.
+    A choice is one output of a prompt. feed() takes the engine's events and returns chunks to stream. whole() returns
+    the complete choice at the end. `rank` is the Rank by which best_of compares choices.
     """
 
     rank: Rank
@@ -435,7 +435,9 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """Returns the modelled times of a finished request on simulated chips, as a dict.
+    """Returns a dict with the modelled times of a finished request on simulated chips.
+
+    The dict has these keys:
 
     - "by": the argument `by`, the name of the chips.
     - "time_to_first_token_seconds": time from arrival to the first token of any choice.

@@ -78,7 +78,9 @@ def build(service: Service) -> ASGIApp:
 
 
 def _unrouted(scope: Scope, error: HTTPException) -> Problem:
-    """Returns the error response, a Problem, for an unknown path (404) or a method that the path does not take (405).
+    """Returns the error response, a Problem, for a request that no route takes.
+
+    The status is 404 for an unknown path, and 405 for a method that the path does not take.
 
     scope: the ASGI scope of the request. error: the router's exception; its status code and headers are kept.
     """
@@ -353,9 +355,9 @@ class Api:
 
 
 def _relay(request: Request) -> Relay | None:
-    """Returns the Relay of a request: the fields that a router adds before it forwards the request to this replica.
+    """Returns the Relay of a request; None if the request did not come from a router.
 
-    Returns None if the request did not come from a router.
+    A Relay has the fields that a router adds before it forwards the request to this replica.
     """
     relay: Relay | None = request.scope.get("relay")
     return relay

@@ -59,7 +59,7 @@ class FrameBuffer:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Add bytes that have arrived, and yield (header, body) of each frame that is complete now.
+        """Add bytes that have arrived, and yield each frame that is complete now, as (header, body).
 
         Raises ValueError if the bytes are not a frame or the frame is too large.
         """
@@ -271,11 +271,13 @@ class Call:
 
 
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
-    """Returns a dict that tells the router the load of a model's engine: queue, rates, and changes of its K/V cache.
+    """Returns the load report of a model's engine, a dict for the router.
 
-    The changes are the cache's events (blocks gained or lost) with numbers above `after`. The dict has a snapshot of
-    all blocks instead if `incarnation` is not the id of the engine's present cache, or if the engine no longer keeps
-    these events. If the engine does not answer within ENGINE_WAIT seconds, the dict has neither events nor a snapshot.
+    It has the values of engine_report(), the reason if the engine has failed, counts of the K/V tier, and the changes
+    of the K/V cache. The changes are the cache's events (blocks gained or lost) with numbers above `after`. The dict
+    has a snapshot of all blocks instead if `incarnation` is not the id of the engine's present cache, or if the engine
+    no longer keeps these events. If the engine does not answer within ENGINE_WAIT seconds, the dict has neither events
+    nor a snapshot.
 
     Args:
         model: the model.
@@ -300,7 +302,9 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
 
 
 def engine_report(engine: Engine, gauges: Gauges, counts: Counts) -> dict[str, Any]:
-    """Returns the part of a load report that describes the engine, as a dict: queue, limits, token counts, step times.
+    """Returns the part of a load report that describes the engine, as a dict.
+
+    The dict has the queue's length, limits, token counts, step times, the use of the K/V cache and the cache's id.
 
     gauges, counts: the engine's latest gauges and counters. The function can be called from any thread: from `engine`
     it reads only values that any thread may read.

@@ -104,10 +104,10 @@ class Answer:
         """
 
     async def _send(self, send: Send, body: bytes, deltas: Sequence[ChoiceDelta], more: bool = True) -> None:
-        """Send `body`, which holds one or more events of a stream, to the client.
+        """Send events of a stream to the client. Returns nothing.
 
-        more: False if the stream ends after this body. deltas: the engine's deltas from which the events were made;
-        only subclasses use them.
+        body: one or more events as bytes; nothing is sent if it is empty. more: False if the stream ends after this
+        body. deltas: the engine's deltas from which the events were made; only subclasses use them.
         """
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": more})

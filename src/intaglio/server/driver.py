@@ -47,7 +47,7 @@ ENDED = "the engine has ended and admits no requests"
 
 @dataclass(frozen=True)
 class Prepared:
-    """One prompt, ready for the engine: its Request, and for each choice a Transcript, which decodes the output."""
+    """One prompt, ready for the engine: its Request, and for each choice the Transcript that decodes the output."""
 
     request: Request
     transcripts: list[Transcript]
@@ -149,10 +149,10 @@ class ActiveRequest:
 
 
 class Submission:
-    """The prompts of one HTTP request on their way through the engine, and the queue of their output (ChoiceDeltas).
+    """The prompts of one HTTP request, and a queue of the output that the engine generates for them.
 
-    The engine admits all prompts or none. Used on the event loop; the engine's thread only reads `prompts`, `n`,
-    `earlier`.
+    The queue holds ChoiceDeltas. The engine admits all prompts or none. Used on the event loop; the engine's thread
+    only reads `prompts`, `n`, `earlier`.
 
     earlier: output that another engine has already generated for this request; this engine continues after it.
     """
@@ -186,10 +186,11 @@ class Submission:
                 self.admitted.set_result(None)
 
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
-        """Returns the choices of one prompt that still need output, as a list of SuspendedChoice; [] if none does.
+        """Returns a list of the choices of one prompt that still need output; [] if none does.
 
-        If another engine began the output, choices that ended there are left out, and each SuspendedChoice holds the
-        tokens that the other engine generated for it. prompt: index of the prompt in the submission, from 0.
+        Each is a SuspendedChoice. If another engine began the output, choices that ended there are left out, and each
+        SuspendedChoice holds the tokens that the other engine generated for it. prompt: index of the prompt in the
+        submission, from 0.
         """
         first = prompt * self.n
         mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]

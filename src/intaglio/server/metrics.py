@@ -214,7 +214,9 @@ class EngineCollector(Collector):
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
 
     def _experts(self, seen: Sequence[tuple[ModelMetrics, Snapshot]]) -> Iterator[Metric]:
-        """Yield the metrics of mixture-of-experts layers; none if no engine counts the tokens of each expert.
+        """Yield the metrics of mixture-of-experts layers.
+
+        Nothing is yielded if no engine counts the tokens of each expert.
 
         seen: for each model, its ModelMetrics and its engine's latest Snapshot.
         """
@@ -240,7 +242,10 @@ class EngineCollector(Collector):
         yield failed
 
     def _tiers(self) -> Iterator[Metric]:
-        """Yield the metrics of the tiers (stores in which engines keep K/V blocks); none if no model has a tier."""
+        """Yield the metrics of the tiers, the stores in which engines keep K/V blocks.
+
+        Nothing is yielded if no model has a tier.
+        """
         tiers = [(m, m.tier) for m in self.models if m.tier]
         if not tiers:
             return

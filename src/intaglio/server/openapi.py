@@ -64,7 +64,10 @@ REFUSALS = {
 
 @cache
 def describe(models: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the OpenAPI 3.1 document, as a dict, of a server. models: names of the models that it serves."""
+    """Returns the OpenAPI 3.1 document of a server, as a dict.
+
+    models: names of the models that the server serves.
+    """
     bodies = [(body, "validation") for _, bodies, _ in POSTS.values() for body in bodies]
     _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = {**found["$defs"], "Error": _error()}

@@ -153,7 +153,10 @@ class HeldLeases:
 
 
 def prompt_only(request: Request) -> Request:
-    """Returns a copy of `request` that computes the prompt and then ends: it generates one token only."""
+    """Returns a Request that computes the prompt of `request` and then ends, after one generated token.
+
+    It has the id, the priority, the time limits and the cache salt of `request`, but not its sampling parameters.
+    """
     return Request(
         request.id, request.prompt, SamplingParams(max_tokens=1, ignore_eos=True), priority=request.priority,
         queue_timeout=request.queue_timeout, timeout=request.timeout, salt=request.salt,

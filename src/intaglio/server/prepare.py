@@ -39,9 +39,10 @@ SAME = {  # fields that SamplingParams has under the same name
 
 @dataclass(frozen=True)
 class Limits:
-    """The server's own time limits for every request, in seconds from the request's arrival; None: no limit.
+    """The server's own time limits for every request.
 
-    `timeout`: the request must end within this time. `queue_timeout`: its first step must begin within this time.
+    Both are in seconds from the request's arrival; None: no limit. `timeout`: the request must end within this time.
+    `queue_timeout`: its first step must begin within this time.
     """
 
     timeout: float | None = None
@@ -115,7 +116,7 @@ def prepare_completion(
 
 
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int, int]:
-    """Returns the text of a prompt to echo, and the numbers of special tokens around it: (text, before, after).
+    """Returns (text, before, after): the text to echo, and how many special tokens the prompt has around it.
 
     before, after: numbers of tokens that the tokenizer has added at the beginning and at the end of the prompt, such as
     BOS and EOS; they have no characters in the text. If the request does not ask for echo, the result is ("", 0, 0).
@@ -145,7 +146,9 @@ def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[
 
 
 def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:
-    """Returns (Prepared, Reading) for a chat request: the engine's request, and how its output becomes the response.
+    """Returns (Prepared, Reading) for a chat request.
+
+    Prepared: the engine's request. Reading: how the output becomes the response.
 
     id: id of the response, from which the id of the engine's request is made. settings: what the server adds to every
     request. Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
@@ -261,7 +264,7 @@ def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
 
 
 def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
-    """Returns the Grammar (kind and text) that the output must match; None if the request does not restrict the output.
+    """Returns the Grammar that the output must match; None if the request does not restrict the output.
 
     Raises Problem if response_format and structured_outputs give more than one grammar, or if response_format's type
     and its json_schema do not agree.

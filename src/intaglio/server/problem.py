@@ -59,7 +59,7 @@ class Problem(Exception):
 
 
 def as_problem(error: Exception) -> Problem | None:
-    """Returns the HTTP error, a Problem, that tells a client about an exception; None if it is an internal error.
+    """Returns the Problem (HTTP error response) for an exception; None if it is an internal error.
 
     A Problem is returned unchanged. An invalid request becomes status 400. A full queue, or a deadline that cannot be
     met, becomes status 429. Any other refusal, such as that of a server that shuts down, becomes status 503.
@@ -80,7 +80,10 @@ def as_problem(error: Exception) -> Problem | None:
 
 
 def fault_problem(fault: Fault) -> Problem:
-    """Returns the Problem for a request that ended with an error: status 400 if the request caused it, else 500."""
+    """Returns the Problem (HTTP error response) for a request that ended with an error.
+
+    The status is 400 if the request caused the error, else 500.
+    """
     return Problem(400 if fault.kind == "request" else 500, fault.message, code=f"{fault.kind}_fault")
 
 

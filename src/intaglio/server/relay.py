@@ -64,7 +64,9 @@ class Relay:
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """Returns a list of copies of `prompts` in which the requests are changed for this replica.
+        """Returns a list of copies of `prompts` for this replica.
+
+        The request in each copy is changed:
 
         - Timeouts are shortened by the seconds that the request has already waited elsewhere (self.waited).
         - queue_timeout becomes None if the client has already received output.

@@ -90,9 +90,10 @@ class Connection(HttpToolsProtocol):
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
-        """Close the connection if it is idle; if closing takes longer than `write_timeout` seconds, abort it.
+        """Close the connection if it is idle. Returns nothing.
 
-        Nothing is done if a request is being answered, or if the connection is closing already.
+        If closing takes longer than `write_timeout` seconds, the connection is aborted. Nothing is done if a request is
+        being answered, or if the connection is closing already.
         """
         if self._between and not self.transport.is_closing():
             self.transport.close()

@@ -136,11 +136,10 @@ class Service:
         return refusals[0] if all(refusals) else None
 
     def _join(self, reasons: list[str | None]) -> str | None:
-        """Returns one line of text with the reasons of all models that have one; None if no model has a reason.
+        """Returns one line of text that joins the given reasons; None if all of them are None.
 
-        If the server has several models, each reason is preceded by its model's name.
-
-        reasons: for each model, in the order of self.models, the reason why it does not work; None if it works.
+        reasons: for each model, in the order of self.models, the reason why it does not work; None if it works. If the
+        server has several models, each reason in the text is preceded by its model's name.
         """
         named = [(name, why) for name, why in zip(self.models, reasons, strict=True) if why]
         return "; ".join(f"{name}: {why}" if len(reasons) > 1 else why for name, why in named) or None

@@ -20,7 +20,9 @@ _active: ContextVar[Any] = ContextVar("tracer", default=None)  # OpenTelemetry's
 
 
 class Tracing:
-    """Records OpenTelemetry spans and sends them in batches, from a thread of its own, to a collector.
+    """Records OpenTelemetry spans and sends them to a collector.
+
+    A background thread sends the spans in batches.
 
     endpoint: URL of the collector for traces over HTTP, such as http://localhost:4318/v1/traces. service: name of this
     process in the traces. Raises ValueError if OpenTelemetry is not installed.
@@ -77,9 +79,10 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
 
 
 def span(name: str, **attributes: str | int) -> AbstractContextManager[Any]:
-    """Context manager that records a span as a child of the current span; outside a traced request it does nothing.
+    """Context manager that records a span as a child of the current span.
 
-    If an exception leaves the block, the span records it. name: the span's name. attributes: the span's attributes.
+    Outside a traced request it does nothing. If an exception leaves the block, the span records it. name: the span's
+    name. attributes: the span's attributes.
     """
     tracer = _active.get()
     return nullcontext() if tracer is None else tracer.start_as_current_span(name, attributes=attributes)

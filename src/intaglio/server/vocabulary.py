@@ -30,7 +30,7 @@ BYTES = _byte_alphabet()
 class Vocabulary:
     """Looks up the text and the bytes of single tokens, with a cache.
 
-    tokenizer: the model's tokenizer; None: the text of every token is "token_id:N" with its id N.
+    tokenizer: the model's tokenizer. If it is None, the text of the token with the id N is "token_id:N".
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -51,9 +51,10 @@ class Vocabulary:
         return text
 
     def _piece(self, id: int) -> tuple[str, bytes]:
-        """Returns (text, bytes) of the token `id`; ("token_id:N", b"") if the tokenizer has no token with the id N.
+        """Returns (text, bytes) of the token `id`.
 
-        In the text, U+FFFD stands for bytes that are only part of a character.
+        Returns ("token_id:N", b"") if there is no tokenizer, or if it has no token with the id N. In the text, U+FFFD
+        stands for bytes that are only part of a character.
         """
         name = self.tokenizer.inner.id_to_token(id) if self.tokenizer else None
         if self.tokenizer is None or name is None:

@@ -96,10 +96,10 @@ def stored_and_loaded(stream: Stream) -> Iterator[Region]:
 
 
 def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
-    """Yield a stream's instructions in an order in which a core can run them, each as (engine, number, instruction).
+    """Yield a stream's instructions in an order in which a core can run them.
 
-    Each instruction comes after all instructions that it waits for. If several instructions could come next, the first
-    of them in the stream is yielded.
+    Each is yielded as (engine, number, instruction). Each instruction comes after all instructions that it waits for.
+    If several instructions could come next, the first of them in the stream is yielded.
 
     engine: index into ENGINES. number: place of the instruction among those of its engine, from 1.
 
@@ -143,7 +143,7 @@ class Blocked:
 
 
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
-    """Returns an error text that names engines that wait for each other in a cycle (deadlock).
+    """Returns an error text about a deadlock. It names engines that wait for each other in a cycle.
 
     The cycle is found by following the waits from the first engine of `blocked`, which must not be empty. If they lead
     to an engine whose wait no other engine can end, the text names only this engine. The end of the text gives the
@@ -202,11 +202,11 @@ class Accesses:
         self.entries: dict[tuple[int, int, int, int], Entry] = {}
 
     def entry(self, region: Region) -> Entry:
-        """Returns the Entry of `region`: the record of the latest accesses to its bytes, with which races are found.
+        """Returns the Entry of a region, the record of the latest accesses to its bytes.
 
-        Regions with the same bytes in the same rows share one Entry. The first call for such a region creates its
-        Entry. The new Entry and the existing Entries of overlapping regions are then added to each other's
-        `overlapping`.
+        check() uses the Entries to find races. Regions with the same bytes in the same rows share one Entry. The first
+        call for such a region creates its Entry. The new Entry and the existing Entries of overlapping regions are then
+        added to each other's `overlapping`.
         """
         key = (region.address, region.rows, region.row_bytes, region.stride)
         if key not in self.entries:

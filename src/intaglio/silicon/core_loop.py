@@ -56,7 +56,10 @@ Program = Iterator[Transfer | None]  # transfers in order; None: it waits for an
 
 
 class TilesInL2(RandomL2):
-    """Model of an L2 that evicts lines at random: the expected number of bytes that it holds of each tile."""
+    """Model of an L2 cache that evicts lines at random.
+
+    It keeps, for each tile, the expected number of bytes of the tile that are in the L2.
+    """
 
     def __init__(self, capacity: float, latency_s: float) -> None:
         super().__init__(capacity)

@@ -261,7 +261,10 @@ class Player:
         return f"{id} was {_admission(entry['refused'])}, now {_admission(refused)}"
 
     def _left_over(self) -> str | None:
-        """Returns a sentence that counts the recorded inputs which the engine has not read; None if it has read all."""
+        """Returns an error message if the engine has not read all recorded inputs, else None.
+
+        The message gives the number of unread inputs of each kind, such as clock readings.
+        """
         left = {
             "clock readings": len(self.readings),
             "launches": len(self.launches),
@@ -277,7 +280,9 @@ def _admission(refused: str | None) -> str:
 
 
 def _difference(now: list[list[Any]], then: list[list[Any]]) -> str | None:
-    """Returns text about the first difference between two lists of events; None if they are equal.
+    """Returns a text that describes the first difference between two lists of events; None if they are equal.
+
+    If one list is the beginning of the other, the text gives their lengths.
 
     now: events of the replay. then: events in the journal. Both are as write_event() returns them.
     """

@@ -134,7 +134,7 @@ THINKING = (
 
 
 def form_of(template: str | None) -> Form | None:
-    """Returns the format in which a chat template expects tool calls, as a Form; None if it is unknown.
+    """Returns the Form in which a chat template expects tool calls; None if it is unknown.
 
     Returns None also if the template takes no tools.
     """
@@ -152,8 +152,9 @@ def takes_tools(template: str | None) -> bool:
 
 
 def thinking_of(template: str | None) -> Thinking | None:
-    """Returns the delimiters of reasoning, a Thinking, that a chat template uses; None if it uses no known ones.
+    """Returns the delimiters that a chat template puts around reasoning; None if it uses no known ones.
 
-    The end delimiter of a Thinking must occur in the template. Returns None also if there is no template (None).
+    They are the first Thinking in THINKING whose end delimiter occurs in the template. Returns None also if there is no
+    template (None).
     """
     return next((t for t in THINKING if template and t.end in template), None)

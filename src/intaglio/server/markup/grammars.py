@@ -36,10 +36,11 @@ LISTS = ("granite", "cohere", "mistral")
 def call_grammar(
     form: Form, tools: Tools, several: bool, special: Mapping[str, int]
 ) -> tuple[Literal["lark", "json_schema"], str]:
-    """Returns a grammar that forces the model to call one of `tools` in the format `form`, as (kind, grammar's text).
+    """Returns a grammar that forces the model to call tools, as (kind, the grammar's text).
 
-    The kind is "lark" or "json_schema". If `several` is True, the grammar allows 1 to MAX_FORCED_CALLS calls. If
-    `several` is False, or if form.single is True, it allows exactly one call.
+    A call must name one of `tools` and must have the format `form`. The kind is "lark" or "json_schema". If `several`
+    is True, the grammar allows 1 to MAX_FORCED_CALLS calls. If `several` is False, or if form.single is True, it allows
+    exactly one call.
 
     special: the tokenizer's special tokens, text to id; a Lark grammar names them by id.
     """
@@ -137,7 +138,9 @@ def _until(rule: str, end: str, special: Mapping[str, int]) -> str:
 
 
 def _optional(marks: Sequence[str], special: Mapping[str, int]) -> str:
-    """Returns a Lark term, as text, that matches one of the delimiters `marks` or nothing; "" if `marks` is empty.
+    """Returns a Lark term, as text, that matches one of the delimiters `marks` or nothing.
+
+    The term is "" if `marks` is empty.
 
     special: the tokenizer's special tokens, text to id. A delimiter that is a special token is matched as this token.
     """
@@ -153,11 +156,11 @@ def _many(several: bool, rule: str = "start") -> str:
 
 
 def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str]:
-    """Returns ("lark", grammar): the text of a Lark grammar that allows a call of any tool, with its own arguments.
+    """Returns ("lark", text of a Lark grammar) for a call of any tool.
 
-    The rule `call` of the grammar has one alternative for each tool. start: text of the rules that refer to `call`.
-    write: function that returns the text of one alternative; its arguments are the tool's name and the name of the rule
-    that matches the tool's arguments.
+    The grammar allows each tool only with arguments that match the tool's own schema. Its rule `call` has one
+    alternative for each tool. start: text of the rules that refer to `call`. write: function that returns the text of
+    one alternative; its arguments are the tool's name and the name of the rule that matches the tool's arguments.
     """
     rules = [start, "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, (name, schema) in enumerate(tools.items()):
@@ -192,9 +195,10 @@ def _list(schema: dict[str, Any], most: int = MAX_FORCED_CALLS) -> dict[str, Any
 
 
 def moved(schema: Any, root: str) -> Any:
-    """Returns a copy of a JSON schema whose references are adjusted for a new place inside another schema.
+    """Returns a copy of a JSON schema that can be placed inside another schema.
 
-    root: JSON pointer of the new place, beginning with "#". Each reference "#REST" becomes `root` followed by REST.
+    The references in it are adjusted: each reference "#REST" becomes `root` followed by REST. root: JSON pointer of the
+    new place, beginning with "#".
     """
     if isinstance(schema, list):
         return [moved(item, root) for item in schema]

@@ -32,10 +32,11 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def value(s: Source, depth: int = 0) -> Pieces[bool]:
-    """Parse one JSON value and yield its text piece by piece, with one space after each `,` and `:`.
+    """Parse one JSON value and yield its text piece by piece.
 
-    This generator yields None while it waits for more text of the model. Its return value is True if the JSON value is
-    complete. It is False if the text is not JSON, ends early, or is nested deeper than MAX_DEPTH.
+    The text that is yielded has one space after each `,` and `:`. This generator yields None while it waits for more
+    text of the model. Its return value is True if the JSON value is complete. It is False if the text is not JSON, ends
+    early, or is nested deeper than MAX_DEPTH.
 
     depth: number of JSON objects and lists that enclose this value.
     """
@@ -58,10 +59,11 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 
 
 def string(s: Source) -> Pieces[bool]:
-    """Parse one JSON string and yield its text piece by piece, with its quotes and with control characters escaped.
+    """Parse one JSON string and yield its text piece by piece.
 
-    This generator yields None while it waits for more text of the model in `s`. Its return value is True if the string
-    is complete. It is False if the text does not begin with a quote or ends early.
+    The text that is yielded includes the quotes; control characters in it are escaped. This generator yields None while
+    it waits for more text of the model in `s`. Its return value is True if the string is complete. It is False if the
+    text does not begin with a quote or ends early.
     """
     if not (yield from some(s)) or s.held[0] != '"':
         return False
@@ -310,9 +312,10 @@ def peek_call(s: Source) -> Generator[None, None, bool]:
 
 
 def close(s: Source, *ends: str) -> Generator[None, None, None]:
-    """Consume the delimiter that closes tool calls, and any spaces, line breaks, `}` and `]` in front of it.
+    """Consume the delimiter that closes tool calls.
 
-    ends: the delimiters that may close the calls. If the text does not continue in this way, nothing is consumed. This
-    generator yields None while it waits for more text of the model. It has no return value.
+    Any spaces, line breaks, `}` and `]` in front of the delimiter are consumed too. If no such delimiter comes next,
+    nothing is consumed. ends: the delimiters that may close the calls. This generator yields None while it waits for
+    more text of the model. It has no return value.
     """
     yield from skip(s, *ends, over=" \n}]")

@@ -66,10 +66,11 @@ def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def _call(s: Source, known: Tools | None) -> Steps[bool]:
-    """Parse one tool call in Python syntax, and yield its Parts: its start, then each argument once it is complete.
+    """Parse one tool call in Python syntax, and yield its Parts.
 
-    This generator also yields None while it waits for more text of the model. Its return value is True if it has
-    yielded the beginning of a call, else False. known: tools that the call may name; None: any.
+    The first Part is the start of the call. Each argument follows once it is complete. This generator also yields None
+    while it waits for more text of the model. Its return value is True if it has yielded the beginning of a call, else
+    False. known: tools that the call may name; None: any.
     """
     while re.fullmatch(r"[A-Za-z_][\w.-]*", s.held) and not s.last:
         yield None

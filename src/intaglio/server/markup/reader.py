@@ -196,8 +196,9 @@ class Reader:
 
 
 def begins_inside(prompt: str, thinking: Thinking | None) -> bool:
-    """True if the rendered prompt ends with the delimiter that begins reasoning, so that the output begins inside it.
+    """True if the output begins inside reasoning.
 
+    This is so if the rendered prompt, without white space at its end, ends with the delimiter that begins reasoning.
     False if `thinking` is None, since then no delimiters of reasoning are known.
     """
     return thinking is not None and prompt.rstrip().endswith(thinking.begin)

@@ -56,7 +56,7 @@ class Source:
         self.held, self.taken, self.last = "", "", False
 
     def take(self, n: int) -> str:
-        """Consume and return the first `n` characters of the held text; all of it if it has fewer characters."""
+        """Consume the first `n` characters of the held text, or all if there are fewer. Returns them."""
         text, self.held = self.held[:n], self.held[n:]
         self.taken += text
         return text
@@ -148,19 +148,20 @@ def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None
 
 
 def first(s: Source, *marks: str) -> str | None:
-    """Returns the delimiter of `marks` that occurs first in the text not yet consumed (`s.held`); None if none occurs.
+    """Returns the first delimiter in the text that is not consumed yet; None if there is none.
 
-    If several delimiters begin at the same position, the longest of them is returned.
+    marks: the delimiters to look for. If several delimiters begin at the same position, the longest of them is
+    returned.
     """
     places = [(at, -len(m), m) for m in marks if (at := s.held.find(m)) >= 0]
     return min(places)[2] if places else None
 
 
 def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
-    """Run the parser `steps` to its end, and append each piece of text that it yields to the list `into`.
+    """Run the parser `steps` to its end, and collect the text that it yields.
 
-    This generator yields None whenever `steps` yields None, which means that `steps` waits for more text of the model.
-    Its return value is the return value of `steps`.
+    Each piece of text is appended to the list `into`. This generator yields None whenever `steps` yields None, which
+    means that `steps` waits for more text of the model. Its return value is the return value of `steps`.
     """
     while True:
         try:

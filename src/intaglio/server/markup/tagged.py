@@ -236,10 +236,10 @@ def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
 
 
 def typed(text: str, kinds: set[str]) -> Any:
-    """Returns the value that the text of an argument stands for, in one of the JSON types `kinds`, such as 3 for "3".
+    """Returns the value that the text of an argument stands for, such as 3 for "3".
 
-    If the text fits none of these types except string, the text itself is returned. White space around it is removed,
-    unless `kinds` is {"string"}.
+    The value has one of the JSON types `kinds`. If the text fits none of these types except string, the text itself is
+    returned. White space around it is removed, unless `kinds` is {"string"}.
     """
     text = text.strip() if kinds != {"string"} else text
     for parse in (json.loads, ast.literal_eval):

@@ -17,10 +17,10 @@ MASKED = np.float32(-np.inf)
 
 
 def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, window: int) -> np.ndarray:
-    """Returns the attention mask of a tile of scores: bool [rows, n], the shape of `scores`; True where a score counts.
+    """Returns the attention mask of a tile of scores, a bool array with the shape [rows, n] of `scores`.
 
-    Row r is the query at position query + r // pack, since `pack` query heads share each position. Column j is the key
-    at position key + j. A score counts if all three conditions hold:
+    It is True where a score counts. Row r is the query at position query + r // pack, since `pack` query heads share
+    each position. Column j is the key at position key + j. A score counts if all three conditions hold:
 
     - The key is not after the query.
     - The query is less than `window` positions after the key; with window 0 this condition always holds.
@@ -77,10 +77,11 @@ def online_softmax(
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Instruction, engine="VEC", opcode=0x38):
-    """Do one step of the online softmax, for one tile of queries and one tile of keys (Milakov & Gimelshein 2018).
+    """Do one step of the online softmax (Milakov & Gimelshein 2018).
 
-    Attention processes the keys of a query tile by tile. Between tiles, m holds the largest score so far of each query
-    (row), and l the sum of exp(score - m). From the scores s of the new tile, the instruction computes for each row:
+    The step is for one tile of queries and one tile of keys. Attention processes the keys of a query tile by tile.
+    Between tiles, m holds the largest score so far of each query (row), and l the sum of exp(score - m). From the
+    scores s of the new tile, the instruction computes for each row:
 
     - the new m: the largest of the old m and the scores of the row;
     - p = exp(s - new m), the weights of these keys before the division by l;
@@ -199,7 +200,9 @@ class Merge(Instruction, engine="VEC", opcode=0x3A):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Instruction, engine="ATT", opcode=0x40):
-    """Compute attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul in one.
+    """Compute attention of one tile of queries to one tile of keys.
+
+    The instruction does the work of Matmul, Softmax, Rescale and another Matmul:
 
     1. The scores are q @ k.T, rounded to FP32.
     2. p, alpha, the new m and the new l are computed from the scores as described at Softmax. p is rounded to v's

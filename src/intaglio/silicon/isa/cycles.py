@@ -43,7 +43,7 @@ def norm_cycles(chip: ChipSpec, n: Any) -> Any:
 
 
 def moment_cycles(chip: ChipSpec, n: Any, moment: str) -> Any:
-    """Returns the cycles of the vector lanes for one statistic of n values.
+    """Returns the number of cycles that the vector lanes take to compute one statistic of n values.
 
     moment: "mean", "rms" (root mean square) or "std" (standard deviation). "std" takes two passes over the values, the
     others take one. Each pass ends with a tree reduction across the lanes.

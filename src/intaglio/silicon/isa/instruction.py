@@ -55,10 +55,11 @@ OPCODES: dict[int, type[Instruction]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """Base class of instructions, which are frozen dataclasses that define run(), cost(), shapes() and `writes`.
+    """Base class of the instructions of simulated chips.
 
-    A subclass gives its engine and opcode in the class statement: class Load(Instruction, engine="DMA", opcode=0x10).
-    Raises TypeError at import if the engine is unknown, if another class has the opcode, or if a definition is missing.
+    Each subclass is a frozen dataclass that defines run(), cost(), shapes() and `writes`. A subclass gives its engine
+    and opcode in the class statement: class Load(Instruction, engine="DMA", opcode=0x10). Raises TypeError at import if
+    the engine is unknown, if another class has the opcode, or if a definition is missing.
     """
 
     wait: tuple[int, ...] = (0,) * len(ENGINES)  # of each engine: instructions it must have finished

@@ -125,9 +125,10 @@ def section(cls: type[Instruction]) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Returns the name that docs/isa.md shows for the type of an instruction's field, such as "integer".
+    """Returns the name of a field's type as docs/isa.md shows it, such as "integer".
 
-    kind: the field's Python type: int, float, bool, Region, a Literal or Steps. Raises KeyError for another type.
+    kind: Python type of an instruction's field: int, float, bool, Region, a Literal or Steps. Raises KeyError for
+    another type.
     """
     if kind is Region or Region in get_args(kind):
         return "region" if kind is Region else "region or none"
