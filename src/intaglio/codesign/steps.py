@@ -332,7 +332,7 @@ class StepTimes:
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
         """Compute the time and energy of one step. Returns (seconds, joules of all chips of the server).
 
-        The figures do not come from the table of step times. decoding: number of decoding sequences, spread evenly over the
+        No figure comes from the table of step times. decoding: number of decoding sequences, spread evenly over the
         data-parallel copies of attention (DP ranks) and the pipeline's micro-batches. context: number of keys of each
         decoding sequence. chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of
         such prompts).
