@@ -177,16 +177,16 @@ class KvRoom:
         return min(length, self.window) if self.window else length
 
     def fits(self, tokens: float, kept: float) -> bool:
-        """True if the server can hold the K/V of sequences that have `tokens` tokens in total.
+        """True if the server can hold the K/V of `tokens` tokens.
 
-        kept: how many of these tokens the layers with a sliding window keep.
+        `tokens` is the total over all sequences. kept: how many of these tokens the layers with a sliding window keep.
         """
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
     def used(self, tokens: float, kept: float) -> float:
-        """Fraction of the K/V capacity that sequences with `tokens` tokens in total fill; above 1 if they do not fit.
+        """Fraction of the K/V capacity that `tokens` tokens fill; above 1 if they do not fit.
 
-        kept: how many of these tokens the layers with a window keep.
+        `tokens` is the total over all sequences. kept: how many of these tokens the layers with a window keep.
         """
         return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
 
