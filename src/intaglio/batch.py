@@ -131,9 +131,9 @@ def numbers_size(t: int, s: int, r: int, columns: int, windows: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The input arrays of one step, which computes T token rows of S sequences and samples R of the rows.
+    """The input arrays of one step. bind() makes a Batch.
 
-    bind() makes a Batch.
+    The step computes T token rows, which belong to S sequences, and samples one token for each of R of these rows.
 
     Attributes:
         numbers: one int32 array that holds all other arrays one after another: tokens, positions, slots, first_row,
@@ -182,7 +182,7 @@ class Batch:
 
     @cached_property
     def state_from(self) -> np.ndarray:
-        """Slot that holds each sequence's recurrent state before this step, int32 [S].
+        """For each sequence, the slot that holds its recurrent state before this step, int32 [S].
 
         -1: the sequence has no earlier state, so it starts from zeros.
         """
@@ -190,7 +190,7 @@ class Batch:
 
     @cached_property
     def state_to(self) -> np.ndarray:
-        """Slot to which each sequence's recurrent state after this step is written, int32 [S].
+        """For each sequence, the slot that gets its recurrent state after this step, int32 [S].
 
         -1: no state is written for the sequence.
         """
@@ -247,9 +247,12 @@ class Batch:
 
     @property
     def sizes(self) -> Sizes:
-        """A dict {name of a symbolic dimension: size}: "T" token rows, "S" sequences, "R" rows whose logits are wanted.
+        """Sizes of this step's symbolic dimensions, as a dict {name of a dimension: size}.
 
-        A key such as "T:1/4" gives the number of token rows that rank 1 of 4 ranks holds; ranks are numbered from 0.
+        - "T": number of token rows.
+        - "S": number of sequences.
+        - "R": number of rows whose logits are wanted.
+        - "T:1/4" and keys like it: number of token rows that rank 1 of 4 ranks holds; ranks are numbered from 0.
         """
         t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
@@ -268,9 +271,9 @@ class Batch:
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """Combine chunks, one for each sequence, into one Batch and return the Batch.
+    """Combine chunks into one Batch, and return the Batch.
 
-    block_size: tokens in a K/V block. Raises BatchError in these cases:
+    chunks: one Chunk for each sequence. block_size: tokens in a K/V block. Raises BatchError in these cases:
 
     - There are no chunks.
     - A chunk has no tokens, or too few K/V blocks or window blocks for its tokens.
@@ -320,10 +323,12 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
 
 
 def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
-    """Returns the error message for the first two tokens that have the same K/V slot; the message names their chunks.
+    """Returns the error message for the first two tokens that have the same K/V slot.
 
-    Call it only if there are two such tokens. slots: K/V slot of each token. first_row: index in `slots` of each
-    chunk's first token. block_size: tokens in a K/V block.
+    The message names the chunks of the two tokens. Call this function only if there are two such tokens.
+
+    slots: K/V slot of each token. first_row: index in `slots` of each chunk's first token. block_size: tokens in a K/V
+    block.
     """
     seen: dict[int, int] = {}
     for at, slot in enumerate(slots):
@@ -360,9 +365,12 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check_window(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if the window blocks (K/V of layers with a sliding window) of chunk number `i` are invalid.
+    """Raise BatchError if the window blocks of a chunk are invalid.
 
-    c.window_blocks must have a block for each token that the chunk computes, and be no longer than c.blocks.
+    Window blocks hold the K/V of layers with a sliding window. c.window_blocks must have a block for each token that
+    the chunk computes, and be no longer than c.blocks.
+
+    i: number of the chunk, for the error. c: the chunk. block_size: tokens in a K/V block.
     """
     held = c.window_blocks
     first, last = c.start // block_size, (c.start + len(c.tokens) - 1) // block_size

@@ -18,7 +18,7 @@ Progress = Callable[[float, float, str], object]
 
 
 def silent(done: float, total: float, what: str) -> None:
-    """A Progress callback that does nothing; pass it to an operation whose progress is not to be shown."""
+    """A Progress callback that does nothing, for operations whose progress is not to be shown."""
 
 
 def prefixed(progress: Progress, name: str) -> Progress:

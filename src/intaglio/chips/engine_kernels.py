@@ -71,16 +71,17 @@ def entries(engine: str) -> tuple[dict[str, Any], ...]:
 
 
 def measured_generations(engine: str, kernel: str) -> tuple[str, ...]:
-    """Returns the chip generations on which an engine's kernel was measured, as a tuple; () if the kernel is not known.
+    """Returns the chip generations on which an engine's kernel was measured, as a tuple of names.
 
-    engine: the engine's name. kernel: the kernel's name. Raises ChipError for an invalid file of the engine's kernels.
+    () if no kernel with this name is known for the engine. engine: the engine's name. kernel: the kernel's name. Raises
+    ChipError for an invalid file of the engine's kernels.
     """
     mine = [entry for entry in entries(engine) if entry.get("kernel") == kernel]
     return tuple(g for g in GENERATIONS if any(g in entry for entry in mine))
 
 
 def lender(entry: dict[str, Any], wanted: str) -> str:
-    """Returns the name of the chip generation from which a kernel takes its values, for chips of generation `wanted`.
+    """Returns the name of the chip generation whose kernel values are used on chips of generation `wanted`.
 
     entry: the kernel's table `[[kernels]]` in the engine's file. If the table has values for `wanted`, the result is
     `wanted`. Otherwise it is the first of GENERATIONS for which the table has values; "" if it has values for none.

@@ -77,11 +77,12 @@ def read_library(path: Path) -> KernelLibrary:
 
 
 def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
-    """Returns the KernelRecord (description of one kernel) that one table `[[kernels]]` of a library file describes.
+    """Returns the KernelRecord that one table `[[kernels]]` of a library file describes.
 
-    path: the file, for errors. entry: the table as a dict. Its keys are fields of KernelRecord, and fields of
-    KernelLibrary for which this kernel has another value than the library. Raises ChipError for an unknown or missing
-    field, for a value of the wrong type, and for a field of FIXED, which a kernel cannot change.
+    A KernelRecord is the description of one kernel. path: the file, for errors. entry: the table as a dict. Its keys
+    are fields of KernelRecord, and fields of KernelLibrary for which this kernel has another value than the library.
+    Raises ChipError for an unknown or missing field, for a value of the wrong type, and for a field of FIXED, which a
+    kernel cannot change.
     """
     own = {f.name for f in dataclasses.fields(KernelRecord)} - {"changes"}
     hints = get_type_hints(KernelLibrary)
@@ -101,7 +102,9 @@ def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
 
 
 def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Returns the section `[reasons]` of a chip or library file, as a tuple of (field, text that says its source).
+    """Returns the section `[reasons]` of a chip or library file, as a tuple of pairs (field, text).
+
+    The text says where the field's value comes from.
 
     Args:
         path: the file, for errors.
@@ -118,7 +121,7 @@ def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[t
 
 
 def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
-    """Returns the tiles that one item of the list `tiles` in a library file stands for, as a list of (rows, columns).
+    """Returns a list of tiles (rows, columns), read from one item of the list `tiles` in a library file.
 
     A tile is the part of a result that one core computes at a time. The item `entry` is one tile, [rows, columns], or a
     grid: a table with the lists `rows` and `columns` that stands for all pairs of them. `transposed = true` in the grid
@@ -190,10 +193,11 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "") -> Any:
-    """Returns an instance of the dataclass `kind` whose fields have the values of one table of a TOML file.
+    """Returns an instance of the dataclass `kind`, made from one table of a TOML file.
 
-    path: the file, for errors. table: {field: value}. inside: prefix of the fields' names in errors, such as "links.".
-    Raises ChipError, naming the file, for an unknown or missing field, a wrong type, or values that `kind` refuses.
+    path: the file, for errors. table: the table as a dict {field: value}. inside: prefix of the fields' names in
+    errors, such as "links.". Raises ChipError, naming the file, for an unknown or missing field, a wrong type, or
+    values that `kind` refuses.
     """
     hints = get_type_hints(kind)
     none = dataclasses.MISSING

@@ -16,7 +16,7 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """Describes one kernel of a KernelLibrary: which calls it computes, and how it differs from the library's fields.
+    """Description of one kernel: the calls it computes, and its own values for fields of a KernelLibrary.
 
     Attributes:
         op: kind of the calls, one of OPS.
@@ -39,10 +39,14 @@ class KernelRecord:
     default: bool = True
 
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
-        """True if this kernel may serve a call of kind `op`, operands in `format` and heads of `head_dim` columns.
+        """True if this kernel may be chosen to compute a given call.
 
-        kernel: name of the wanted kernel; the result is False if this kernel has another name. "": no particular kernel
-        is wanted; the result is False if this kernel's `default` is False.
+        Args:
+            op: kind of the call.
+            format: number format of the call's weights, or of its keys and values.
+            head_dim: columns of an attention head.
+            kernel: name of the wanted kernel; the result is False if this kernel has another name. "": no particular
+                kernel is wanted; the result is False if this kernel's `default` is False.
         """
         least, most = self.head_dims
         fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most

@@ -32,7 +32,7 @@ def chip(name: str) -> ChipSpec:
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """Returns (ChipSpec of the chip called `name`, name or file of the chip's default kernel library).
+    """Returns a chip and its default kernel library, as (ChipSpec, name or file of the library).
 
     name: a chip that ships with the package or that a plugin registers; or a file, if `name` ends in .toml. Raises
     ChipError for an unknown name and for an invalid file, PluginError if a plugin fails to load.

@@ -73,5 +73,8 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def number(value: float) -> str:
-    """Returns a number as text for an error message: 1,000 or 0.5; from a million on with an exponent (1e+12)."""
+    """Returns a number as text for an error message, such as "1,000" or "0.5".
+
+    From 1 to a million the number is rounded to a whole number. From a million on it has an exponent, such as "1e+12".
+    """
     return f"{value:g}" if value >= 1e6 or 0 < value < 1 else f"{value:,.0f}"

@@ -211,7 +211,10 @@ PARTS: dict[str, type[Any]] = {"links": Links, "energy": Energy, "constants": Co
 
 
 def part_of(name: str) -> str | None:
-    """Returns the part of a ChipSpec that has the field `name`: "links", "energy" or "constants"; None if none does."""
+    """Returns the name of the part of a ChipSpec that has the field `name`.
+
+    The parts are "links", "energy" and "constants". None: no part has the field.
+    """
     return next((part for part, kind in PARTS.items() if name in kind.__dataclass_fields__), None)
 
 

@@ -70,11 +70,12 @@ class Target:
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """Returns a copy of this target whose library describes only the kernel that computes a given kind of call.
+        """Returns a copy of this target whose library describes one kernel: the one that computes a given kind of call.
 
-        `library.kernels` are records, each of one kernel and with its own values for some fields of the library. The
-        copy has the values of the first record that fits the call, or the library's own values if no record fits. If
-        `library.kernels` is empty, the result is this target itself, whatever `name` is.
+        `library.kernels` is a list of kernel records. A record describes one kernel, and has the kernel's own values
+        for some fields of the library. The copy has the values of the first record that fits the call, or the library's
+        own values if no record fits. If `library.kernels` is empty, the result is this target itself, whatever `name`
+        is.
 
         Args:
             op: kind of call, such as "products" or "prefill".
@@ -109,7 +110,7 @@ class Target:
         return getattr(getattr(self.chip, inside) if inside else self.chip, field)
 
     def parse(self, name: str, text: str) -> Any:
-        """Convert text to a value of one field's type and return the value.
+        """Returns a value for one field, converted from text to the field's type.
 
         name: `chip.FIELD` or `library.FIELD`. text: a number such as 8e12, true or false, a word, numbers with commas,
         or a TOML list. Raises ChipError for an unknown field, for a field that is a table, and for text that does not
@@ -233,10 +234,10 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 
 
 def register_chip(on: Target) -> Target:
-    """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
+    """Register a chip and its kernel library, so that commands and devices find them by name. Returns `on`.
 
-    Plugins call this function. The library becomes the chip's default library. Raises ChipError if a different chip or
-    library already has the name.
+    on: the chip and the library. Plugins call this function. The library becomes the chip's default library. Raises
+    ChipError if a different chip or library already has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

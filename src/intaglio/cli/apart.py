@@ -252,9 +252,9 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
-    """Returns the texts of one table row that shows the result `r`, as a tuple with a text for each column.
+    """Returns one row of the table of results, as a tuple with a text for each column.
 
-    first, second: layouts of the prefill and the decode servers.
+    The row shows the result `r`. first, second: layouts of the prefill and the decode servers.
     """
     return (
         first, second, f"{r.concurrency:,}", whole(r.ttft * 1e3), f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",

@@ -75,9 +75,10 @@ def profile(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Print the time of each op in a step beside its roofline bound, then the ops with the most time above it.
+    """Print the time of each op in a step beside the op's roofline bound.
 
-    With a layout, also show how long each rank was in collectives and for which rank it waited.
+    Then print the ops with the most time above their bounds. With a layout, also show how long each rank was in
+    collectives and for which rank it waited.
     """
     from intaglio.measure.profile import profile as run_profile
     from intaglio.measure.ranks import chrome_trace, rank_times, timed_decode
@@ -144,7 +145,7 @@ def rank_table(ranks: Sequence[RankTimes]) -> Table:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """Returns the table that `intaglio bench model` prints, as a rich Table with one line for each of `rows`."""
+    """Returns a rich Table with one line for each of `rows`. `intaglio bench model` prints this table."""
     headers = (
         "phase", "sequences", "prompt\ntokens", "measured\ntokens/s", "measured\nms", "bound\nms", "bound\nby",
         "share\nof roof",
@@ -160,9 +161,9 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def profile_table(p: Profile) -> Table:
-    """Returns the table that `intaglio profile` prints, as a rich Table with one line for each op, the slowest first.
+    """Returns a rich Table with one line for each op of a profile, the slowest op first.
 
-    The last line is the time outside the ops.
+    `intaglio profile` prints this table. The last line is the time outside the ops.
     """
     headers = ("site", "measured\nms", "share\nof step", "bound\nms", "bound\nby", "share\nof roof")
     lines = []
@@ -206,10 +207,13 @@ def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, 
 
 
 def facts(llm: LLM, why: str) -> dict[str, Any]:
-    """Returns a dict for JSON that describes what was measured, with the keys "program", "device" and "no_bounds".
+    """Returns a dict for JSON that describes what was measured.
 
-    why: the reason why the measured times have no roofline bounds; "" if they have such bounds. It becomes the value of
-    "no_bounds", as None if it is "".
+    - "program": description of the measured Program.
+    - "device": description of the device.
+    - "no_bounds": the text `why`; None if `why` is "".
+
+    why: the reason why the measured times have no roofline bounds; "" if they have such bounds.
     """
     return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
 

@@ -213,7 +213,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """Returns the number of replicas that the options of `up` ask for: ({role: number of replicas}, maximum).
+    """Returns the numbers of replicas that the options of `up` ask for, as ({role: number}, maximum).
 
     The maximum is the largest number of replicas with autoscaling; None without autoscaling. replicas, prefill, decode:
     values of the options of these names, None if not given. Raises ValueError for options that do not go together, and
@@ -246,11 +246,11 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
 def read_layouts(
     roles: Collection[Role], layout: str | None, prefill: str | None, decode: str | None
 ) -> dict[Role, str | None]:
-    """Returns the layout of the replicas of each role: {role: text such as "tp2", or None for one rank}.
+    """Returns the layout of each role's replicas, as a dict {role: layout}.
 
-    Prefill and decode replicas must compute the same bits, and the order of sums depends on tp. If the layouts of the
-    two roles have different tp, the layout with the smaller tp is told to sum in the parts of the larger: tp4 and tp2
-    become tp4 and tp2sums4.
+    A layout is a text such as "tp2", or None for one rank. Prefill and decode replicas must compute the same bits. The
+    order of sums depends on tp, the number of tensor-parallel ranks. If the layouts of the two roles have different tp,
+    the layout with the smaller tp is told to sum in the parts of the larger: tp4 and tp2 become tp4 and tp2sums4.
 
     layout, prefill, decode: values of --layout, --prefill-layout and --decode-layout. Raises ValueError if
     --prefill-layout or --decode-layout is given without replicas of that role. Raises LayoutError, a ValueError, if the
@@ -314,10 +314,10 @@ def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def check_free_port(given: Sequence[str]) -> None:
-    """Raise ValueError if the arguments `given` have a --kv-peer address that is wrong or has a port other than 0.
+    """Raise ValueError for a --kv-peer address that is wrong or has a port other than 0.
 
-    given: arguments of `intaglio serve`. With port 0 each replica takes a free port. Any other port would be the same
-    for all replicas, but only one replica can use it.
+    given: arguments of `intaglio serve`, which may have --kv-peer. With port 0 each replica takes a free port. Any
+    other port would be the same for all replicas, but only one replica can use it.
     """
     words = [part for word in given for part in word.split("=", 1)]
     for address in [peer_address(after) for word, after in pairwise(words) if word == "--kv-peer"]:

@@ -32,10 +32,11 @@ def port(
         typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
     ] = None,
 ) -> None:
-    """Find the port (loader code) that fits an architecture, and print the line that adds the architecture to Intaglio.
+    """Find the port (loader code) that fits an architecture.
 
-    The line belongs in FAMILIES, the table of supported architectures in a file of models/ports/. If no port fits, the
-    command prints what is missing. Needs torch and transformers.
+    The command prints the line of code that adds the architecture to Intaglio. The line belongs in FAMILIES, the table
+    of supported architectures in a file of models/ports/. If no port fits, the command prints what is missing. Needs
+    torch and transformers.
     """
     if output and not auto:
         raise ValueError("--output goes with --auto, which writes a port file")
@@ -133,7 +134,7 @@ def replay(
     device: Annotated[str | None, typer.Option(help="Run on another device than the recorded one.")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Run a recorded journal again and say whether every event came out the same; exit code 1 if not."""
+    """Run a recorded journal again, and print whether every event came out the same. Exit code 1: not the same."""
     with progress_bar(f"replaying {journal}") as progress:
         done = replay_journal(journal, model, device, progress)
     if as_json:

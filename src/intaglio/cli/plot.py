@@ -32,9 +32,9 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def label(x: float, y: float, text: str, kind: str = "note") -> str:
-    """Returns an SVG element, as text, that writes `text` at (x, y) in pixels.
+    """Returns the SVG element that shows `text` at the position (x, y), as a string.
 
-    kind: names of CSS classes of the element, from STYLE.
+    x, y: position in pixels. kind: names of CSS classes of the element, from STYLE.
     """
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
@@ -54,9 +54,10 @@ def no_chart(path: Path) -> None:
 
 
 def ticks(most: float) -> list[float]:
-    """Returns a list of about TICKS round numbers at equal distances, from 0 to the first one that is at least `most`.
+    """Returns a list of round numbers for the ticks of an axis, from 0 up to at least `most`.
 
-    [0.0, 1.0] if `most` is not a finite number above 0.
+    There are about TICKS numbers, at equal distances. Only the last one may be above `most`. The list is [0.0, 1.0] if
+    `most` is not a finite number above 0.
     """
     if not 0 < most < math.inf:
         return [0.0, 1.0]

@@ -112,10 +112,11 @@ def models(
 
 
 def show_account(folder: Path, context: int | None, as_json: bool) -> None:
-    """Print which weights a checkpoint's tensors become, and which tensors, keys and files are ignored and why.
+    """Print which weights a checkpoint's tensors become, and what in the checkpoint is ignored.
 
-    folder: a checkpoint folder or GGUF file, whose weights are not loaded. context: largest context length to compile
-    for; None: the model's own. Raises CheckpointError or PortError if the checkpoint cannot be read or is not ported.
+    Tensors, config keys and files may be ignored; the reason is printed for each. folder: a checkpoint folder or GGUF
+    file, whose weights are not loaded. context: largest context length to compile for; None: the model's own. Raises
+    CheckpointError or PortError if the checkpoint cannot be read or is not ported.
     """
     from intaglio.models import account
 
@@ -146,7 +147,7 @@ def show_account(folder: Path, context: int | None, as_json: bool) -> None:
 
 
 def _every_architecture(as_json: bool) -> None:
-    """Print each decoder architecture of transformers, and whether it is ported or why it is refused.
+    """Print which decoder architectures of transformers are ported, and why the others are refused.
 
     as_json: True to print JSON instead of a table.
     """

@@ -40,7 +40,10 @@ class Times(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration as text in s, min or h: the largest unit with which the number is 2 or more (119 s, 2 min)."""
+    """Returns a duration as text in s, min or h, such as "119 s" or "2 min".
+
+    The unit is the largest with which the number is 2 or more. Below 2 s it is s.
+    """
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"

@@ -42,7 +42,11 @@ def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
 
 
 def control_address(text: str | None) -> Path | TcpAddress | None:
-    """Returns the address that the value of --control stands for: a socket's Path, or a TcpAddress; None for None.
+    """Returns the address that the value of --control stands for.
+
+    - A text that starts with tcp:// gives a TcpAddress.
+    - Any other text is the path of a Unix socket, and gives a Path.
+    - None gives None.
 
     Raises ValueError for a wrong TCP address, and if the environment variable with its token is not set or too short.
     """

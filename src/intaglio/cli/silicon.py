@@ -124,9 +124,9 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """Returns three texts such as "43%": the shares of peak FLOP/s, HBM and link bandwidth that a step uses.
+    """Returns the shares of three peak rates that a step uses, as texts such as "43%".
 
-    FLOP/s are those of all chips together; HBM and link bandwidth are those of the slowest pipeline stage.
+    The rates are FLOP/s of all chips together, and HBM and link bandwidth of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 

@@ -230,9 +230,9 @@ def chart(title: str, done: ServingResult) -> str:
 
 
 def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:
-    """Returns the texts of one table row that shows the simulated run `done`, as a tuple with a text for each column.
+    """Returns one row of the table of simulated runs, as a tuple with a text for each column.
 
-    chip, layout: names of the chip and the layout, for the first columns.
+    The row shows the run `done`. chip, layout: names of the chip and the layout, for the first columns.
     """
     mean = {name: done.summary.times.get(name, {}).get("mean", float("nan")) for name in ("ttft", "tpot")}
     return (

@@ -26,9 +26,11 @@ def steady_table(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], concurrency: Sequence[int],
     budget: int | None, find: bool, by: str, as_json: bool, plot: Path | None = None,
 ) -> None:  # fmt: skip
-    """Print a table of serving designs: every layout on every chip, at each number of open requests in `concurrency`.
+    """Print a table of serving designs, with one line for each design.
 
-    With `find`, each pair of chip and layout has only one design: the best one within the limits.
+    A design is a layout on a chip with a number of open requests. The table has every layout on every chip, at each
+    number in `concurrency`. With `find`, each pair of chip and layout has only one design: the best one within the
+    limits.
 
     Args:
         question: the model, its load and the limits.
@@ -105,10 +107,11 @@ def steady_table(
 
 
 def nothing_fits(question: Question, refused: Sequence[tuple[str, str, str]]) -> ChipError:
-    """Returns the ChipError to raise if no candidate (chip and layout) can hold a question's model and one request.
+    """Returns the ChipError to raise if no candidate can hold a question's model and one request.
 
-    refused: (chip, layout, reason) of each candidate that cannot hold the weights; the error names the first. If
-    `refused` is empty, the error says that no candidate has room for a request beside the weights.
+    A candidate is a pair of chip and layout. refused: (chip, layout, reason) of each candidate that cannot hold the
+    weights; the error names the first. If `refused` is empty, the error says that no candidate has room for a request
+    beside the weights.
     """
     name = question.program.name
     if not refused:
@@ -172,7 +175,7 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
 
 
 def cells(d: Design) -> tuple[str, ...]:
-    """Returns the texts of one table row that shows the design `d`, as a tuple with a text for each column."""
+    """Returns the row for the design `d` in the table of designs, as a tuple with a text for each column."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",

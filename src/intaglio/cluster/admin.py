@@ -43,11 +43,11 @@ def cluster_folder(name: str) -> Path:
 
 @contextmanager
 def blocks_folder(cluster: Path) -> Iterator[Path]:
-    """Context manager that yields a new folder for the K/V blocks that replicas hand over, and removes it at the end.
+    """Context manager that yields a new folder for K/V blocks, and removes it at the end.
 
-    The folder is in memory where the system has /dev/shm. `cluster`, the cluster's own folder, gets a link to it. If a
-    router is killed, the link lets the next start find and remove the folder that was left. Raises ValueError if a
-    cluster already runs in the folder `cluster`.
+    Replicas hand over K/V blocks through this folder. It is in memory where the system has /dev/shm. `cluster`, the
+    cluster's own folder, gets a link to it. If a router is killed, the link lets the next start find and remove the
+    folder that was left. Raises ValueError if a cluster already runs in the folder `cluster`.
     """
     refuse_running(cluster)
     link = cluster / BLOCKS
@@ -102,10 +102,10 @@ def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
 
 @asynccontextmanager
 async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIterator[None]:
-    """Async context manager that answers commands on the socket in a cluster's folder until its block ends.
+    """Async context manager that answers a cluster's commands while its block runs.
 
-    commands: {name of the command: async function that takes the command and returns the answer}. Raises ValueError if
-    another cluster already answers on the socket.
+    The commands come over the socket in `folder`, the cluster's folder. commands: {name of the command: async function
+    that takes the command and returns the answer}. Raises ValueError if another cluster already answers on the socket.
     """
     path = folder / SOCKET
     refuse_running(folder)

@@ -197,7 +197,10 @@ class Backends:
             self.waiting.pop(job.id, None)
 
     def pump(self) -> None:
-        """Place the queued jobs that can be placed now, and wake the tasks that wait for them in place()."""
+        """Place the queued jobs that can be placed now. Returns nothing.
+
+        A task that waits in place() for one of these jobs is woken.
+        """
         if not self.router.queue:
             return
         for placement in self.router.dispatch(self.clock()):

@@ -11,10 +11,10 @@ DECODE_BYTES = 256 << 20  # the maximum of a decode replica, because nobody fetc
 
 
 def peer_budget(role: Role, replicas: int, memory: int) -> int:
-    """Returns the default for the maximum bytes of K/V blocks that a replica keeps in memory for other replicas.
+    """Returns the default limit, in bytes, on the K/V blocks that a replica keeps for other replicas.
 
-    1/8 of the node's memory is divided equally among its replicas. Each replica gets at most 8 GiB. A decode replica
-    gets at most 256 MiB, because no other replica fetches its blocks.
+    The blocks are kept in memory. 1/8 of the node's memory is divided equally among its replicas. Each replica gets at
+    most 8 GiB. A decode replica gets at most 256 MiB, because no other replica fetches its blocks.
 
     Args:
         role: the replica's role.

@@ -297,10 +297,10 @@ class Cluster:
                     log.error("%s cannot be shortened: %s", process.log, e)
 
     def _lost(self, name: str, why: str, error: Exception | None) -> None:
-        """Kill the process of a replica whose connection has ended, so that _supervise() starts it again.
+        """Kill the process of a replica whose connection has ended.
 
-        The process is left alone while the replica is removed or the cluster stops. why: text to log; "": none. error:
-        the exception to log with it, or None.
+        _supervise() then starts the replica again. The process is left alone while the replica is removed or the
+        cluster stops. why: text to log; "": none. error: the exception to log with it, or None.
         """
         if why:
             self._note(why, error=error)

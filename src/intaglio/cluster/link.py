@@ -101,10 +101,11 @@ class Link(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
-        """Connect to a replica's control channel, at a Unix socket's path or a TCP address, and return the Link.
+        """Connect to a replica's control channel, and return the Link.
 
-        patience: seconds during which a failed attempt is repeated. If no attempt succeeds, the error of the last one
-        is raised: NotAuthenticated if the other end does not know the token of the address, else another OSError.
+        where: path of a Unix socket, or a TCP address. patience: seconds during which a failed attempt is repeated. If
+        no attempt succeeds, the error of the last one is raised: NotAuthenticated if the other end does not know the
+        token of the address, else another OSError.
         """
         ends = time.monotonic() + patience
         while True:
@@ -133,10 +134,11 @@ class Link(asyncio.Protocol):
         return link
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
-        """Send a call to the replica, and return a Call, from which the answer can be read as it arrives.
+        """Send a call to the replica, and return the Call.
 
-        header: a JSON object. Its key `do` names what the replica should do; the other keys are arguments. body: bytes
-        sent after the header. Raises LinkLost if the connection has ended.
+        The answer can be read from the Call as it arrives. header: a JSON object. Its key `do` names what the replica
+        should do; the other keys are arguments. body: bytes sent after the header. Raises LinkLost if the connection
+        has ended.
         """
         if self.lost or self._transport.is_closing():
             raise LinkLost("the connection to the replica has ended")
@@ -181,7 +183,10 @@ class Link(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Give each frame that has arrived to the call that it answers. Bytes that are no frame end the connection."""
+        """Pass each frame that has arrived to the Call that it answers.
+
+        asyncio calls this method with the bytes that arrive. Bytes that are not a frame end the connection.
+        """
         try:
             for header, body in self._frames.feed(data):
                 number = header.pop("call")

@@ -34,7 +34,9 @@ class TimeLimits:
 def make_job(
     id: str, body: dict[str, Any], memory: PromptMemory, now: float, limits: TimeLimits, tenant: str, output: float
 ) -> Job:
-    """Returns the Job of a generation request: the facts by which the router places it, such as its length.
+    """Returns a generation request's Job, with which the router places the request on a replica.
+
+    A Job holds facts about the request, such as the length of its prompt.
 
     Args:
         id: the job's id.

@@ -58,9 +58,10 @@ STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured kernel latencies to which parameters are fitted: rows of one table in one number format.
+    """Measured kernel latencies: rows of one table, all in one number format.
 
-    rows: the measured calls, each a dict {column: text}. us: the measured microseconds of each row, an array [rows].
+    Parameters are fitted to Samples. rows: the measured calls, each a dict {column: text}. us: the measured
+    microseconds of each row, an array [rows].
     """
 
     table: str
@@ -78,10 +79,11 @@ class Sample:
 
 
 def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
-    """Returns a list of Samples, one for each table and number format, with the rows of at least `min_us` microseconds.
+    """Returns a list with one Sample for each table and number format.
 
-    tables: {name of a table: its rows}. Rows of collectives are all kept, whatever their time, since short ones show
-    the start-up time. There is no Sample for a table and format without rows to keep.
+    A Sample has the rows whose measured time is at least `min_us` microseconds. Rows of collectives are all kept,
+    whatever their time, since short ones show the start-up time. tables: {name of a table: its rows}. There is no
+    Sample for a table and format without rows to keep.
     """
     out = []
     for table, rows in tables.items():
@@ -310,10 +312,11 @@ class Search:
                     self.facts |= changed
 
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
-        """Search for the target that makes the samples most likely, in one round for each of STEPS, and return it.
+        """Search for the target that makes the samples most likely, and return it.
 
-        Constants are always fitted. facts: True to choose the kernels' discrete properties (FACTS), too. progress:
-        called before each round, with the description `name`.
+        The search has one round for each of STEPS. Constants are always fitted. facts: True to choose the kernels'
+        discrete properties (FACTS), too, in every round but the last. progress: called before each round, with the
+        description `name`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -363,7 +366,7 @@ class Calibration:
 
 
 def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
-    """Returns a Fitted: the errors of a sample's rows before and after a fit, in per cent.
+    """Returns a Fitted, which sums up the errors of a sample's rows before and after a fit, in per cent.
 
     before, errors: log(predicted / measured) of each row before and after the fit. rng: draws 1000 bootstrap resamples
     of the rows, for the confidence interval of the median error after the fit.

@@ -163,9 +163,10 @@ def kinds(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def engine_target(chip: str, engine: str, constants: str = "") -> Target:
-    """Returns a Target: a chip with its own kernel library, to which the kernels of a serving engine are added.
+    """Returns the Target of a chip whose kernel library also has the kernels of a serving engine.
 
-    If the engine's kernels are not known, nothing is added. Raises ChipError for an unknown chip.
+    The library is the chip's own, with the engine's kernels added. If the engine's kernels are not known, nothing is
+    added. Raises ChipError for an unknown chip.
 
     Args:
         chip: name or file of the chip.

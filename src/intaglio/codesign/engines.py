@@ -153,7 +153,7 @@ class EngineProfile:
     def of(
         self, release: str, card: str = "", layout: str = "", apart: bool = False, system: str = "", prompt: int = 0
     ) -> EngineProfile:
-        """Returns a copy of this profile for one server: its values are the ones that hold for this server.
+        """Returns a copy of this profile with the values that hold for one server.
 
         A disaggregated server gets the values in `self.apart`. Any other server gets the values in `self.older` if
         is_older() is True for its release. Then the values of each matching recipe are applied, in order. In the copy,
@@ -268,7 +268,7 @@ def numbers(release: str) -> tuple[int, ...]:
 
 
 def engines() -> dict[str, Path]:
-    """Returns {name of a serving engine: TOML file of its profile} for the profiles that ship with the package."""
+    """Returns the engine profiles that ship with the package, as a dict {name of the engine: TOML file}."""
     return {path.stem: path for path in sorted(ENGINES.glob("*.toml"))}
 
 

@@ -130,7 +130,7 @@ Choice = Callable[[Sequence[Member], int], Member]
 
 
 def choice(route: str) -> Choice:
-    """Returns the function choose(members, number) by which a router chooses a replica for an arriving request.
+    """Returns a router's function choose(members, number), which chooses a replica for an arriving request.
 
     `members` are the replicas, as Members; `number` counts the requests in order of arrival, from 0. The function
     returns one of `members`.

@@ -135,9 +135,9 @@ def linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def head_linear(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op HeadLinear, which multiplies each head of x by its own matrix.
+    """Returns a random Case (one call to time) of the op HeadLinear.
 
-    There are 4 to 128 heads.
+    The op multiplies each head of its input by a matrix of the head's own. There are 4 to 128 heads.
     """
     heads, n, k, batch = power(rng, 4, 128), power(rng, 64, 512, 16), power(rng, 64, 512, 64), tokens(rng, 512)
     op = HeadLinear(site="head_linear", x="x", w="w", out="y")
@@ -146,7 +146,10 @@ def head_linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def experts(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op Experts: 8 to 64 experts, of which each token gets 1 to 8."""
+    """Returns a random Case (one call to time) of the op Experts.
+
+    There are 8 to 64 experts. Each token gets 1 to 8 of them.
+    """
     x_format, w_format = weight_format(rng, on)
     n, hidden, inner = power(rng, 8, 64), power(rng, 256, 2048, 128), power(rng, 128, 2048, 128)
     top, batch = min(n, power(rng, 1, 8)), tokens(rng, 512)
@@ -266,9 +269,10 @@ def concat(rng: np.random.Generator, on: Target) -> Case:
 
 
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op Route: each token gets 1 to 8 out of 8 to 256 experts.
+    """Returns a random Case (one call to time) of the op Route, which chooses experts for each token.
 
-    Scores are by softmax. In one case of four, the experts of a token are not chosen but read from a table.
+    Each token gets 1 to 8 out of 8 to 256 experts. Scores are by softmax. In one case of four, the experts of a token
+    are not chosen but read from a table.
     """
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
     top, table = min(n, power(rng, 1, 8)), "t" if rng.random() < 0.25 else None
@@ -278,9 +282,9 @@ def route(rng: np.random.Generator, on: Target) -> Case:
 
 
 def sinusoid(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op Sinusoid: sines and cosines of 1 to 2,048 positions.
+    """Returns a random Case (one call to time) of the op Sinusoid.
 
-    Each position has 64 to 2,048 frequencies.
+    The op computes sines and cosines of 1 to 2,048 positions. Each position has 64 to 2,048 frequencies.
     """
     n, batch = power(rng, 64, 2048), tokens(rng, 2048)
     op = Sinusoid(site="sinusoid", positions="p", frequencies="f", out="y")
@@ -303,9 +307,9 @@ def moment(rng: np.random.Generator, on: Target) -> Case:
 
 
 def sinkhorn(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op Sinkhorn, which makes rows and columns of a matrix sum to 1.
+    """Returns a random Case (one call to time) of the op Sinkhorn.
 
-    A matrix has 2 to 8 rows and as many columns.
+    The op changes matrices so that each row and column sums to about 1. A matrix has 2 to 8 rows and as many columns.
     """
     n, batch = power(rng, 2, 8), tokens(rng, 2048)
     op = Sinkhorn(site="sinkhorn", x="x", out="y")
@@ -313,10 +317,10 @@ def sinkhorn(rng: np.random.Generator, on: Target) -> Case:
 
 
 def mix_streams(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op MixStreams, which mixes 2 or 4 residual streams.
+    """Returns a random Case (one call to time) of the op MixStreams.
 
-    A stream has 256 to 4,096 columns. The result is the same number of streams, with a layer's output added, or a
-    single stream, with nothing added. Both are equally likely.
+    The op mixes 2 or 4 residual streams. A stream has 256 to 4,096 columns. The result is the same number of streams,
+    with a layer's output added, or a single stream, with nothing added. Both are equally likely.
     """
     n, width, batch = int(rng.choice([2, 4])), power(rng, 256, 4096, 16), tokens(rng, 1024)
     m, added = (n, {"branch": "b", "gains": "g"}) if rng.random() < 0.5 else (1, {})
@@ -326,10 +330,10 @@ def mix_streams(rng: np.random.Generator, on: Target) -> Case:
 
 
 def pool_keys(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op PoolKeys, which pools 4 or 64 tokens into one cache entry.
+    """Returns a random Case (one call to time) of the op PoolKeys.
 
-    The tokens are consecutive: a run. A run of 4 tokens is pooled together with the preceding run. The batch is a
-    prompt, or sequences of one token each; this token completes a run.
+    The op pools 4 or 64 tokens into one cache entry. The tokens are consecutive: a run. A run of 4 tokens is pooled
+    together with the preceding run. The batch is a prompt, or sequences of one token each; this token completes a run.
     """
     overlap, d = bool(rng.random() < 0.5), int(rng.choice([64, 128, 512]))
     every = 4 if overlap else 64
@@ -424,10 +428,11 @@ def linear_attention(rng: np.random.Generator, on: Target) -> Case:
 
 
 def choose_keys(rng: np.random.Generator, on: Target) -> Case:
-    """Returns a random Case (one call to time) of the op ChooseKeys (sparse attention's indexer), with 4 to 32 heads.
+    """Returns a random Case (one call to time) of the op ChooseKeys.
 
-    The op chooses 32 to 512 of up to 3,000 positions for each token, or in half of the cases 32 to 512 entries that
-    each stand for 4 positions. Heads are 64 wide. The batch is a prompt, or sequences that decode.
+    The op is the indexer of sparse attention. There are 4 to 32 heads. The op chooses 32 to 512 of up to 3,000
+    positions for each token, or in half of the cases 32 to 512 entries that each stand for 4 positions. Heads are 64
+    wide. The batch is a prompt, or sequences that decode.
     """
     heads, top, every = power(rng, 4, 32), power(rng, 32, 512), int(rng.choice([1, 4]))
     prompt, decodes = [(power(rng, 2, 512), power(rng, 1, 2500))], [(1, power(rng, 1, 3000))] * power(rng, 1, 32)

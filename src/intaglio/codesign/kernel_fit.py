@@ -179,11 +179,11 @@ class KernelSearch:
         return sum((log(a / b) / (TIME_APART if n.endswith("_s") else APART_WIDTH)) ** 2 / 2 for a, b, n in pairs)
 
     def cost(self, number: int, values: Values) -> float:
-        """Returns the negative log-posterior of one case: Case.cost() plus the negative log-prior of its constants.
+        """Returns the negative log-posterior of one case, as a float; lower is better.
 
-        The prior of a constant's logarithm has its centre in self.begun. It has heavy tails, so that a chip whose
-        constants are very different is fitted, too. number: index of the case. values: {name of a constant or fact:
-        value}.
+        It is Case.cost() plus the negative log-prior of the case's constants. The prior of a constant's logarithm has
+        its centre in self.begun. It has heavy tails, so that a chip whose constants are very different is fitted, too.
+        number: index of the case. values: {name of a constant or fact: value}.
         """
         case, begun = self.cases[number], self.begun[number]
         widths = {n: self.width * (1 + n.endswith("_s")) for n in CONSTANTS[case.op] if begun[n] > 0}
@@ -213,10 +213,10 @@ class KernelSearch:
         return True
 
     def alternatives(self) -> Iterator[Values]:
-        """Yield {name of a fact: value} for each fact of the kernel and each of the fact's possible values in FACTS.
+        """Yield each possible value of each fact of the kernel, as a dict {name of the fact: value}.
 
-        Facts are the kernel's discrete properties, such as tile sizes. Values that are in use already are yielded, too.
-        Facts about 8-bit formats are left out for bf16 kernels.
+        Facts are the kernel's discrete properties, such as tile sizes. FACTS lists their possible values. Values that
+        are in use already are yielded, too. Facts about 8-bit formats are left out for bf16 kernels.
         """
         wide = dtype_of(self.cases[0].rows[0]) == "bfloat16"
         for field, values in FACTS[self.cases[0].op].items():
@@ -297,10 +297,10 @@ def fit_kernel(cases: Sequence[Case]) -> tuple[float, list[Values]]:
 
 
 def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
-    """Fit one kernel to its rows on one or more chips, with the same facts (discrete properties) on all chips.
+    """Fit one kernel to its measured rows on one or more chips, and return (cost, values).
 
-    Returns (cost, values). A lower cost is better. `values` is a list with a dict {name of a constant or fact: value}
-    for each case.
+    The facts (discrete properties) are the same on all chips. A lower cost is better. `values` is a list with a dict
+    {name of a constant or fact: value} for each case.
 
     Several searches are run, and the result with the lowest cost is returned. They start from the facts of each library
     in STARTS and of each kernel in MENUS. cases: the rows, one Case for each chip, at least one.
@@ -329,11 +329,12 @@ def fit_together(cases: Sequence[Case]) -> tuple[float, list[Values]]:
 
 
 def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str, Values]]]:
-    """Fit a kernel to its measured rows, separately for each range of head widths if that is clearly better.
+    """Fit a kernel to its measured rows, and return a list of (range of head widths, values).
 
-    Returns a list of (range, values). A range is (least, largest) head width. The values are
-    {name of a chip: {name of a constant or fact: value}}, for the chips that have rows in the range. The list has one
-    range, of all widths, if separate fits are not clearly better or the rows have no column head_dim.
+    The kernel is fitted separately for each range of head widths if that is clearly better. A range is (least, largest)
+    head width. The values are {name of a chip: {name of a constant or fact: value}}, for the chips that have rows in
+    the range. The list has one range, of all widths, if separate fits are not clearly better or the rows have no column
+    head_dim.
 
     cases: the rows, one Case for each chip.
     """
@@ -353,7 +354,7 @@ def fit_by_width(cases: Sequence[Case]) -> list[tuple[tuple[int, int], dict[str,
 
 
 def by_chip(cases: Sequence[Case], values: Sequence[Values]) -> dict[str, Values]:
-    """Returns the kernel's values by chip: {name of a chip: {name of a constant or fact: value}}.
+    """Returns a kernel's values as a dict {name of a chip: {name of a constant or fact: value}}.
 
     cases: measured rows, one Case for each chip. values: the kernel's values for each of `cases`, in the same order.
     """

@@ -139,11 +139,11 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, general: EngineProfile) -> EngineProfile:
-        """The EngineProfile (constants of a serving engine) for the server on which the row was measured.
+        """The EngineProfile that holds for the server on which the row was measured.
 
-        general: profile of the row's engine. The result is a copy of `general` with the values that hold for the row's
-        chip, engine release, model, layout and prompt length, see EngineProfile.of(). Raises LayoutError if the row's
-        numbers of chips contradict each other.
+        An EngineProfile has the constants of a serving engine. general: profile of the row's engine. The result is a
+        copy of `general` with the values that hold for the row's chip, engine release, model, layout and prompt length,
+        see EngineProfile.of(). Raises LayoutError if the row's numbers of chips contradict each other.
         """
         apart = self.group == "disaggregated"
         layout = str(replace(self.placement("prefill_"), replicas=1) if apart else self.placement())
@@ -151,11 +151,11 @@ class Row:
         return general.of(release, self.card or "", layout, apart, system, self.number("isl"))
 
     def placement(self, phase: str = "") -> Placement:
-        """The Placement of the measured servers: the number of servers, and how the chips of each share the model.
+        """The Placement of the measured servers.
 
-        phase: for a disaggregated row (prefill and decode on separate servers), "prefill_" for its prefill servers or
-        "decode_" for its decode servers; "" for any other row. Raises LayoutError if the row's numbers of chips
-        contradict each other.
+        It says how many servers there are, and how the chips of a server share the model. phase: for a disaggregated
+        row (prefill and decode on separate servers), "prefill_" for its prefill servers or "decode_" for its decode
+        servers; "" for any other row. Raises LayoutError if the row's numbers of chips contradict each other.
         """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
@@ -261,11 +261,12 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """A tuple of texts that identifies the measurement that a row reports: equal for two rows of one measurement.
+    """A tuple of texts that identifies the measurement of a row.
 
-    The first text is the name of the shipped config of the row's model, or "". The others are "column=value" for the
-    columns, measured latencies included. Left out are the path of the model and the columns that start with prefill_ or
-    decode_, because a table may list one measurement with these columns and again without them.
+    Two rows of the same measurement have equal tuples. The first text is the name of the shipped config of the row's
+    model, or "". The others are "column=value" for the columns, measured latencies included. Left out are the path of
+    the model and the columns that start with prefill_ or decode_, because a table may list one measurement with these
+    columns and again without them.
     """
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
@@ -361,9 +362,10 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The Apart of a disaggregated row: step times and settings of its prefill servers and of its decode servers.
+    """The Apart (disaggregated deployment) on which a disaggregated row was measured.
 
-    profile: the engine's profile for the row. Raises ChipError or LayoutError if the model does not fit.
+    It has the step times and settings of the row's prefill servers and of its decode servers. profile: the engine's
+    profile for the row. Raises ChipError or LayoutError if the model does not fit.
     """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two, profile.route)

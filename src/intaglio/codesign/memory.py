@@ -55,10 +55,11 @@ class MemoryUse:
 
 
 def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int, window: int = 0) -> MemoryUse:
-    """The MemoryUse (bytes of HBM needed) of one chip that serves a load with one rank's Program.
+    """The bytes of HBM that one chip needs to serve a load, as a MemoryUse.
 
     Args:
-        program: the chip's Program. Counted are its weights, K/V cache, recurrent state and intermediate tensors.
+        program: the Program that the chip runs, for one rank. Counted are its weights, K/V cache, recurrent state and
+            intermediate tensors.
         step: the sequences and rows of one step. Each sequence takes K/V blocks of BLOCK tokens for its keys, and two
             slots of recurrent state.
         micro_batches: number of steps in flight in the pipeline at a time. Each has as many sequences as `step`.
@@ -80,7 +81,7 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int,
 
 
 def page_bytes(program: Program) -> tuple[int, int]:
-    """Returns (full, windowed): the bytes that a K/V block of BLOCK tokens takes in two groups of layers of one chip.
+    """Returns the bytes of one K/V block of BLOCK tokens in the layers of one chip, as (full, windowed).
 
     `full` is the sum over all layers without a sliding window. `windowed` is the sum over all layers with one, whose
     caches are in `program.windows`.
@@ -112,10 +113,10 @@ def free_bytes(program: Program, use: MemoryUse, slots: int) -> int:
 
 @dataclass(frozen=True)
 class KvLimit:
-    """A limit on the tokens whose K/V a server can hold: (tokens * full + kept * windowed) / BLOCK <= room.
+    """A limit on the number of tokens whose K/V a server can hold.
 
-    `tokens` is the number of tokens of all sequences. `kept` is the number of tokens that layers with a sliding window
-    keep of these sequences.
+    The limit is (tokens * full + kept * windowed) / BLOCK <= room. `tokens` is the number of tokens of all sequences.
+    `kept` is the number of tokens that layers with a sliding window keep of these sequences.
 
     Attributes:
         room: bytes of all K/V blocks that fit.
@@ -176,16 +177,16 @@ class KvRoom:
         return min(length, self.window) if self.window else length
 
     def fits(self, tokens: float, kept: float) -> bool:
-        """True if the server can hold the K/V of sequences that have `tokens` tokens in total.
+        """True if the server can hold the K/V of `tokens` tokens.
 
-        kept: how many of these tokens the layers with a sliding window keep.
+        `tokens` is the total over all sequences. kept: how many of these tokens the layers with a sliding window keep.
         """
         return all(tokens * one.full + kept * one.windowed <= one.room * BLOCK for one in self.limits)
 
     def used(self, tokens: float, kept: float) -> float:
-        """Fraction of the K/V capacity that sequences with `tokens` tokens in total fill; above 1 if they do not fit.
+        """Fraction of the K/V capacity that `tokens` tokens fill; above 1 if they do not fit.
 
-        kept: how many of these tokens the layers with a window keep.
+        `tokens` is the total over all sequences. kept: how many of these tokens the layers with a window keep.
         """
         return max((tokens * one.full + kept * one.windowed) / (one.room * BLOCK) for one in self.limits)
 

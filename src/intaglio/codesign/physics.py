@@ -74,10 +74,11 @@ class Draw:
 
 
 def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
-    """The BatchSizes (sequences and numbers of tokens) of a step with decoding sequences and at most one prompt.
+    """The BatchSizes of a step with decoding sequences and at most one prompt.
 
-    decoding: number of decoding sequences. keys: number of keys (tokens in the K/V cache) of each decoding sequence.
-    prompt: number of tokens of the prompt, which the step computes whole; 0: no prompt.
+    They count the step's sequences and tokens. decoding: number of decoding sequences. keys: number of keys (tokens in
+    the K/V cache) of each decoding sequence. prompt: number of tokens of the prompt, which the step computes whole; 0:
+    no prompt.
     """
     parts = ((1, keys, decoding),) * (decoding > 0) + ((prompt, prompt, 1),) * (prompt > 0)
     return BatchSizes(decoding + prompt, decoding + (prompt > 0), parts)
@@ -121,10 +122,10 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random test case for violations(): chip, model, layout, number formats and load, as a Draw.
+    """A random test case for violations(), as a Draw.
 
-    card: name of a model config that ships with the package; None: a small random model. Raises ValueError for an
-    unknown name.
+    It has a chip, a model, a layout, number formats and a load. card: name of a model config that ships with the
+    package; None: a small random model. Raises ValueError for an unknown name.
     """
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
@@ -157,9 +158,10 @@ def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """A list of error texts, one for each rate of a simulated step that is above the chip's peak rate; [] if none is.
+    """Find the rates of a simulated step that exceed the chip's peak rates. Returns a list of texts.
 
-    The rates are FLOP/s and the bytes per second of HBM, L2 and links. t: the step's Timeline in one pipeline stage.
+    The list has an error text for each such rate; it is [] if there is none. The rates are FLOP/s and the bytes per
+    second of HBM, L2 and links. t: the step's Timeline in one pipeline stage.
     """
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)

@@ -19,10 +19,11 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """How the chips of a serving system share a model: `replicas` equal servers, each of one or more chips.
+    """How the chips of a serving system share a model.
 
-    With data-parallel attention a server has several copies of the attention layers (DP ranks). Each copy has its own
-    requests and K/V cache. All chips of the server share the experts.
+    The system has `replicas` equal servers, each of one or more chips. With data-parallel attention a server has
+    several copies of the attention layers (DP ranks). Each copy has its own requests and K/V cache. All chips of the
+    server share the experts.
 
     Attributes:
         attention: layout of one copy of all layers except routed experts.
@@ -89,9 +90,10 @@ class Placement:
 
     @property
     def single(self) -> bool:
-        """True for one server (replicas is 1) whose experts have no layout of their own (`experts` is None).
+        """True for a single server whose experts have no layout of their own.
 
-        Only such a placement can be simulated with the engine that serves real requests. Others need the queue model.
+        This means that `replicas` is 1 and `experts` is None. Only such a placement can be simulated with the engine
+        that serves real requests. Others need the queue model.
         """
         return self.plain and self.replicas == 1
 

@@ -149,7 +149,10 @@ class Queue:
         self.added += 1
 
     def _rank(self) -> int:
-        """Number of the DP rank (copy of attention) that will compute the next request's prompt; -1 if any rank can."""
+        """Number of the DP rank that will compute the next request's prompt; -1 if any rank can.
+
+        A DP rank is a copy of the attention layers.
+        """
         if self.settings.ranks == "any":
             return -1
         copies = self.times.copies
@@ -218,7 +221,7 @@ class Queue:
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
-        """(seconds, joules) of one decode step: the middle one of the next `count` decode steps.
+        """Time and energy of the middle one of the next `count` decode steps, as (seconds, joules).
 
         The step is timed as if each running sequence had the mean number of keys.
         """

@@ -36,9 +36,10 @@ def servers(row: Row) -> tuple[str, int]:
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
-    """Output tokens per second per chip of a measured row's servers, computed from latencies by Little's law.
+    """Output tokens per second per chip of a measured row, computed from latencies.
 
-    ttft, tpot: mean latencies in seconds, measured or modelled: time to the first token, and time per token after it.
+    The chips are those of the row's servers, and the formula is Little's law. ttft, tpot: mean latencies in seconds,
+    measured or modelled: time to the first token, and time per token after it.
     """
     output = row.number("osl")
     return row.concurrency * output / (ttft + tpot * (output - 1)) / servers(row)[1]

@@ -62,9 +62,10 @@ class Call:
 
     @property
     def last_wave(self) -> tuple[int, int]:
-        """(number of waves, number of jobs in the last wave); (0, 0) if the model does not count the kernel's jobs.
+        """Number of waves of the kernel and number of jobs in its last wave, as a tuple.
 
-        A wave is a set of jobs that run at the same time, one on each core of the chip.
+        The tuple is (0, 0) if the model of the kernel does not count its jobs. A wave is a set of jobs that run at the
+        same time, one on each core of the chip.
         """
         jobs, cores = ceil(self.timing.jobs), self.on.chip.cores
         waves = -(-jobs // cores)
@@ -119,10 +120,11 @@ class Call:
         return f"{name} is busy for {share:.0%} of the modelled time after the launch{self._reached(measured_s)}"
 
     def _reached(self, measured_s: float) -> str:
-        """Text that says how much of a peak rate the measured call reached, such as "; measured at 63% of HBM's peak".
+        """The share of a peak rate that the measured call reached, as text.
 
-        The rate is HBM's bandwidth if HBM or the L2 is the busiest part of the chip. Otherwise it is the chip's FLOP/s
-        in the call's number format; the text is "" if the call has no FLOPs. measured_s: measured seconds of the call.
+        An example is "; measured at 63% of HBM's peak". The rate is HBM's bandwidth if HBM or the L2 is the busiest
+        part of the chip. Otherwise it is the chip's FLOP/s in the call's number format; the text is "" if the call has
+        no FLOPs. measured_s: measured seconds of the call.
         """
         chip, t = self.on.chip, self.timing
         if self.busiest[0] in MEMORIES:

@@ -65,11 +65,11 @@ def ported(model: str, context: int | None) -> Program:
 
 
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
-    """The compiled Programs of a layout, as a tuple: for each pipeline stage, the Program of one of its ranks.
+    """The compiled Programs of a layout: a tuple with one rank's Program for each pipeline stage.
 
-    No other rank of the stage has larger tensors. layout: such as tp4pp2. weights, kv_format, activations: names of
-    number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError for an
-    unknown format.
+    It is the Program of a rank whose tensors are the largest of the stage. layout: such as tp4pp2. weights, kv_format,
+    activations: names of number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model,
+    FormatError for an unknown format.
     """
     built = build_stages(program, layout, weights, kv_format, wire="bf16")
     return tuple(set_activation_format(p, activations) for p in built)
@@ -211,27 +211,27 @@ class Simulation:
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """The MemoryUse (bytes of HBM needed) of the chip that needs more memory than any other under the load `s`.
+        """The MemoryUse of the chip that needs the most memory under the load `s`.
 
-        A pipeline of N stages has N steps in flight, each with its own requests.
+        A MemoryUse gives bytes of HBM. A pipeline of N stages has N steps in flight, each with its own requests.
         """
         step = s.mixed() if s.output > 1 else s.prefill()
         n, hbm, window = len(self.plans), self.target.chip.hbm_bytes, longest_window(self.programs)
         return max((memory_use(p, step, n, hbm, window) for p in self.programs), key=lambda use: use.total)
 
     def largest_batch(self, s: Serving) -> int:
-        """The largest value of `batch`, below `s.batch`, for which the chips have enough memory; 0 if there is none.
+        """The largest `batch` below `s.batch` for which the chips have enough memory; 0 if there is none.
 
         s: a load that does not fit. The search is a bisection, since memory grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def shorter(self, s: Serving) -> str:
-        """Returns part of an error message: how much shorter requests must be if the chips cannot hold even one of `s`.
+        """Returns the part of an error message that says how much shorter requests must be.
 
-        The text names the longest prompt with which the chips could hold one request. If no prompt is short enough, it
-        names the longest response with which they could. If no response is short enough either, it says that neither
-        shorter prompts nor shorter responses help.
+        The message is for chips that cannot hold even one request of `s`. The text names the longest prompt with which
+        the chips could hold one request. If no prompt is short enough, it names the longest response with which they
+        could. If no response is short enough either, it says that neither shorter prompts nor shorter responses help.
         """
 
         def most(limit: int, change: Callable[[int], Serving]) -> int:
@@ -309,12 +309,13 @@ def main_format(plans: Sequence[Plan]) -> str:
 def what_helps(
     programs: Sequence[Program], target: Target, layout: str, s: Serving, progress: Progress = silent
 ) -> list[tuple[str, float]]:
-    """The speed-up that each change in CHANGES gives on its own: a list of (change, speed-up), the largest first.
+    """Find the speed-up of each change in CHANGES. Returns a list of (change, speed-up), the largest first.
 
-    A change is an improvement of the hardware or its software, given by its name. The speed-up is the period of steps
-    (from the start of one step to the start of the next) without the change, divided by the period with it. 1.0 means
-    no effect. The steps have prompts and decoding sequences, or only prompts if each request has one output token.
-    Raises ChipError if the chips cannot hold the load, ValueError for requests longer than the model's context.
+    Each change is made on its own. A change is an improvement of the hardware or its software, given by its name. The
+    speed-up is the period of steps (from the start of one step to the start of the next) without the change, divided by
+    the period with it. 1.0 means no effect. The steps have prompts and decoding sequences, or only prompts if each
+    request has one output token. Raises ChipError if the chips cannot hold the load, ValueError for requests longer
+    than the model's context.
 
     Args:
         programs: for each pipeline stage, the Program of one rank.

@@ -164,7 +164,10 @@ class Design:
 
     @property
     def per_user(self) -> float:
-        """Tokens per second that one user (one response) gets after the first token; 0 for responses of one token."""
+        """Tokens per second of one response after its first token; 0 for responses of one token.
+
+        This is the rate that one user gets.
+        """
         return 1 / self.tpot if self.tpot else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -263,20 +266,21 @@ class Candidate:
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
-        """The Design (serving system with its figures) whose figures come from the formula estimate().
+        """The Design for one concurrency and token budget, with figures from the formula estimate().
 
-        concurrency: number of requests open on each server. budget: maximum tokens of a step on each DP rank
-        (data-parallel copy of attention). Raises ValueError if not even one request fits the K/V cache, ChipError if no
-        K/V block fits.
+        A Design is a serving system with its figures. concurrency: number of requests open on each server. budget:
+        maximum tokens of a step on each DP rank (data-parallel copy of attention). Raises ValueError if not even one
+        request fits the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         seen = estimate(self.times, settings, q.input, q.output, concurrency)
         return self.design(concurrency, settings, seen, confirmed=False)
 
     def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
-        """The Design (serving system with its figures) whose figures come from a simulation of one server's requests.
+        """The Design for one concurrency and token budget, with figures from a simulation of one server.
 
-        The simulation runs event by event, in virtual time.
+        A Design is a serving system with its figures. The simulation runs the server's requests event by event, in
+        virtual time.
 
         Args:
             concurrency: number of requests open on each server.

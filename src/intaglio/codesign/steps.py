@@ -57,7 +57,9 @@ class Formats:
 
 @dataclass(frozen=True)
 class Server:
-    """One server of a serving system, with the model compiled for it: one rank's Program of each pipeline stage.
+    """One server of a serving system, with the model compiled for it.
+
+    The compiled model is one rank's Program of each pipeline stage.
 
     Attributes:
         program: the whole model.
@@ -113,9 +115,10 @@ class Server:
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
         states: int = 2, gives_back: bool = True,
     ) -> KvRoom:  # fmt: skip
-        """The KvRoom (K/V capacity in tokens) of one server: what fits beside weights and activations, on all DP ranks.
+        """The K/V capacity of one server in tokens, as a KvRoom.
 
-        A DP rank is a data-parallel copy of the attention layers, with sequences and a K/V cache of its own.
+        It is what fits beside weights and activations, on all DP ranks together. A DP rank is a data-parallel copy of
+        the attention layers, with sequences and a K/V cache of its own.
 
         Args:
             target: the chip.
@@ -166,7 +169,7 @@ class Server:
         return max(sum(page_bytes(p)) for p in self.stages) / BLOCK
 
     def kv_bytes(self, length: float, room: KvRoom) -> float:
-        """Bytes of K/V that a sequence of `length` tokens takes on one chip: the chip where it takes the most.
+        """K/V bytes of a sequence of `length` tokens on the chip that stores the most of them.
 
         room: the server's KvRoom, which says how many tokens layers with a sliding window keep.
         """
@@ -327,11 +330,12 @@ class StepTimes:
         return replace(kernel, w_format=w, x_format=x)
 
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
-        """The time and energy of one step, computed without a table: (seconds, joules of all chips of the server).
+        """Compute the time and energy of one step. Returns (seconds, joules of all chips of the server).
 
-        decoding: number of decoding sequences, spread evenly over the data-parallel copies of attention (DP ranks) and
-        the pipeline's micro-batches. context: number of keys of each decoding sequence. chunks: the step's prompt
-        chunks as (new tokens, keys including the new tokens, number of such prompts).
+        No figure comes from the table of step times. decoding: number of decoding sequences, spread evenly over the
+        data-parallel copies of attention (DP ranks) and the pipeline's micro-batches. context: number of keys of each
+        decoding sequence. chunks: the step's prompt chunks as (new tokens, keys including the new tokens, number of
+        such prompts).
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)
@@ -378,12 +382,12 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """Ratio of the K/V bytes that a decode step reads to the bytes that it would read with one token per sequence.
+        """Factor by which several tokens per sequence increase the K/V bytes that a decode step reads.
 
-        The step has self.queries tokens per sequence. The result is a whole number of 1 or more. The rows of all
-        queries, and of all heads that share a K/V head, are multiplied in tiles of library.min_query_rows rows. Each
-        tile reads the keys and values once. The result is therefore the number of tiles for self.queries tokens,
-        divided by the number of tiles for one token and rounded down.
+        The step has self.queries tokens per sequence and is compared with a step of one token per sequence. The result
+        is a whole number of 1 or more. The rows of all queries, and of all heads that share a K/V head, are multiplied
+        in tiles of library.min_query_rows rows. Each tile reads the keys and values once. The result is therefore the
+        number of tiles for self.queries tokens, divided by the number of tiles for one token and rounded down.
         """
         tile = self.target.library.min_query_rows
         shared = [
@@ -393,7 +397,7 @@ class StepTimes:
         return -(-group * self.queries // tile) // -(-group // tile)
 
     def _stage(self, i: int, own: BatchSizes, tokens: int) -> tuple[float, float]:
-        """The time and energy of one micro-batch in pipeline stage number `i`: (seconds, joules of one chip).
+        """Time and energy of one micro-batch in pipeline stage number `i`, as (seconds, joules of one chip).
 
         The result is (0, 0) for a micro-batch without tokens. own: sizes of the micro-batch on one data-parallel copy
         of attention (DP rank). tokens: number of tokens of all DP ranks, which the experts compute together.

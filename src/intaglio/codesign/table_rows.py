@@ -45,7 +45,7 @@ class TableError(ValueError):
 
 
 def integers(row: Mapping[str, str], *names: str) -> list[int]:
-    """The integer values of a row in the columns `names`, as a list in the order of `names`.
+    """The integers in the columns `names` of a row, as a list in the order of `names`.
 
     row: {column: text}, checked by check_rows().
     """

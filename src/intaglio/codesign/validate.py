@@ -46,10 +46,11 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 
 
 def matmul(on: Target, row: Row) -> Timing:
-    """The modelled Timing of a matrix product. row: the row of a measured table that gives its sizes and number format.
+    """The modelled Timing of the matrix product that a measured row describes.
 
-    If the activations have 8 or 4 bits, the Timing includes the kernels that quantise them from bf16. Raises ChipError
-    if the chip's arrays do not take the number format.
+    row: the row of a measured table that gives sizes and number format. If the activations have 8 or 4 bits, the Timing
+    includes the kernels that quantise them from bf16. Raises ChipError if the chip's arrays do not take the number
+    format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format, x_format, w_bits = formats_of(row)
@@ -70,7 +71,7 @@ def stay_in_l2(on: Target, weights: int, w_bits: float, others: float = 0.0) -> 
 
 
 def formats_of(row: Row) -> tuple[str, str, float]:
-    """(format of weights, format of activations, bits per weight with its scales) of a row that has a column dtype."""
+    """Number formats from a row's dtype: (of weights, of activations, bits per weight with its scales)."""
     format = FORMAT[row["dtype"]]
     return format, X_FORMAT.get(row["dtype"], format), W_BITS.get(row["dtype"], formats.bits(format))
 
@@ -178,9 +179,10 @@ def latent_attention(on: Target, row: Row) -> Timing:
 
 
 def collective(on: Target, row: Row) -> Timing:
-    """The modelled Timing of a collective. row: the row of a measured table that names it and gives chips and bytes.
+    """The modelled Timing of the collective that a measured row describes.
 
-    Raises ChipError if the chip cannot run the collective.
+    row: the row of a measured table that names the collective and gives chips and bytes. Raises ChipError if the chip
+    cannot run the collective.
     """
     n, moved = integers(row, "n_chips", "bytes")
     return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved)
@@ -383,7 +385,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row as text: its column dtype or kv_dtype; "two bytes" for a row with neither."""
+    """The number format in a row's column dtype or kv_dtype; "two bytes" for a row with neither."""
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 
 

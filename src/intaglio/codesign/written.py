@@ -41,10 +41,11 @@ def differences(new: Any, old: Any) -> dict[str, Any]:
 
 
 def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -> str:
-    """The text of a chip file (TOML) for the chip `new`, with the values in which it differs from the chip `old`.
+    """The text of a chip file (TOML) for the chip `new`.
 
-    base: name of the file of `old`, on which the new file builds. library: name of the file of the chip's default
-    kernel library. why: the reason, which is written for each value.
+    The file has the values in which `new` differs from the chip `old`. base: name of the file of `old`, on which the
+    new file builds. library: name of the file of the chip's default kernel library. why: the reason, which is written
+    for each value.
     """
     lines = [
         f"description = {toml(f'{old.description}, calibrated')}",
@@ -62,11 +63,11 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """The text of a library file (TOML) for the library `new`, with the values in which it differs from `old`.
+    """The text of a library file (TOML) for the kernel library `new`.
 
-    The file builds on the file `base`. If the kernel records differ, the text has all records of `new`, because their
-    order matters: the first record that fits a call is used, and the records of a file come before the records of its
-    base.
+    The file has the values in which `new` differs from the library `old`. The file builds on the file `base`. If the
+    kernel records differ, the text has all records of `new`, because their order matters: the first record that fits a
+    call is used, and the records of a file come before the records of its base.
 
     Args:
         new: the library to write.

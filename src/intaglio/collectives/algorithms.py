@@ -18,7 +18,7 @@ Place = Callable[[int, int], Slot]  # (rank, chunk) -> slot of the chunk on that
 
 
 def input_slot(rank: int, chunk: int) -> Slot:
-    """The Slot that holds chunk number `chunk` before a collective starts: Slot("in", chunk), on every rank.
+    """The Slot of chunk number `chunk` before a collective starts: Slot("in", chunk) on every rank.
 
     `rank` is not used. It is there because functions such as scatter_ring() call src(rank, chunk) to find a chunk.
     """
@@ -26,7 +26,7 @@ def input_slot(rank: int, chunk: int) -> Slot:
 
 
 def output_slot(rank: int, chunk: int) -> Slot:
-    """The Slot that holds chunk number `chunk` after a collective has ended: Slot("out", chunk), on every rank.
+    """The Slot of chunk number `chunk` after a collective has ended: Slot("out", chunk) on every rank.
 
     `rank` is not used. It is there because functions such as scatter_ring() call dst(rank, chunk) to place a chunk.
     """
@@ -34,10 +34,10 @@ def output_slot(rank: int, chunk: int) -> Slot:
 
 
 def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a direct reduce-scatter: for each chunk, every rank sends its contribution to the chunk's owner.
+    """Add a direct reduce-scatter to the schedule builder `w`. Returns nothing.
 
-    The owner of a chunk is the rank that gets the chunk's sum. It adds the contributions in the order of the group.
-    Returns nothing.
+    Every rank sends its contribution to each chunk directly to the chunk's owner. The owner of a chunk is the rank that
+    gets the chunk's sum. It adds the contributions in the order of the group.
 
     Args:
         w: builder of the schedule.
@@ -99,7 +99,7 @@ def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place
 
 
 def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` the steps with which each rank copies its own chunks from one slot to another. Returns nothing.
+    """Add steps to the builder `w` that copy each rank's own chunks to other slots. Returns nothing.
 
     The copy is from slot src(rank, chunk) to slot dst(rank, chunk). If both are the same slot, no step is added. group:
     numbers of the ranks. own(i): numbers of the chunks that the group's i-th rank owns.
@@ -316,9 +316,10 @@ def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` a one-shot all_reduce: every rank sends its whole input to all others, and each rank adds all inputs.
+    """Add a one-shot all_reduce to the schedule builder `w`. Returns nothing.
 
-    Inputs are added in the order of the ranks. `algorithm` and `node` are not used. Returns nothing.
+    Every rank sends its whole input to all others, and each rank adds all inputs in the order of the ranks.
+    `algorithm` and `node` are not used.
     """
     for receiver in range(w.ranks):
         got = [input_slot(receiver, 0) if sender == receiver else w.temp(receiver) for sender in range(w.ranks)]
@@ -363,7 +364,10 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """A function own(i) that returns (group[i],): each rank of the group owns the chunk that has the rank's number."""
+    """Returns a function own(i) that gives the group's i-th rank one chunk.
+
+    The chunk has the rank's own number: own(i) returns (group[i],).
+    """
     return lambda i: (group[i],)
 
 

@@ -18,7 +18,7 @@ from intaglio.collectives.topology import Topology
 
 
 def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
-    """Bytes of each chunk of a schedule, as a list with one number per chunk; all are equal.
+    """Bytes of each chunk of a schedule, as a list with the same number for every chunk.
 
     nbytes: size of the payload in bytes: one rank's input, but for an all_gather one rank's output.
     """

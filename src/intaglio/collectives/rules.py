@@ -36,7 +36,7 @@ def steps_well_formed(s: Schedule) -> Iterator[str]:
 
 
 def transfers_paired(s: Schedule) -> Iterator[str]:
-    """Yield a message, as text, for each send or recv of a schedule that breaks one of the rules below.
+    """Check the sends and recvs of a schedule. Yields a text for each one that breaks a rule below.
 
     The rules:
 
@@ -69,10 +69,10 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
 
 
 def no_deadlock(s: Schedule) -> Iterator[str]:
-    """Yield a message for each step of a schedule that can never run, because its dependencies form or follow a cycle.
+    """Yield a message for each step of a schedule that can never run.
 
-    A send and its recv count as one step here. A schedule without such steps therefore runs to its end even if every
-    send blocks until its recv is ready.
+    The dependencies of such a step form a cycle or follow one. A send and its recv count as one step here. A schedule
+    without such steps therefore runs to its end even if every send blocks until its recv is ready.
     """
     pair: dict[int, int] = {}
     node = list(range(len(s.steps)))  # a send and its recv share a node
@@ -190,7 +190,7 @@ def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
 
 
 def leaves(sum: Sum) -> list[int]:
-    """Numbers of the ranks whose inputs are added in a symbolic sum, from left to right, as a list.
+    """Numbers of the ranks whose inputs a symbolic sum adds, as a list from left to right.
 
     sum: the number of a rank, or a pair (left, right) of two sums, see trace().
     """

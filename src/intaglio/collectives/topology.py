@@ -114,10 +114,10 @@ def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -
 
 
 def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A ring topology: each rank has links in both directions to the next rank, and the last rank to the first rank.
+    """A ring topology: links in both directions between each rank and the next.
 
-    bandwidth: bytes/s of a link, in each direction. latency: seconds per link. Raises TopologyError if a link would
-    have bandwidth <= 0 or latency < 0. A single rank has no links.
+    The last rank is linked to the first. bandwidth: bytes/s of a link, in each direction. latency: seconds per link.
+    Raises TopologyError if a link would have bandwidth <= 0 or latency < 0. A single rank has no links.
     """
     pairs = [(i, (i + 1) % ranks) for i in range(ranks if ranks > 2 else ranks - 1)]
     return Topology(f"ring({ranks})", ranks, _links(pairs, bandwidth, latency))
@@ -134,9 +134,10 @@ def full(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A complete bipartite topology: links in both directions from each rank of one half to each of the other half.
+    """A complete bipartite topology: each rank of one half is linked to each of the other half.
 
-    If the number of ranks is odd, the second half has one rank more. A single rank has no links.
+    The links go in both directions. If the number of ranks is odd, the second half has one rank more. A single rank has
+    no links.
 
     bandwidth: bytes/s of a link, in each direction. latency: seconds per link. Raises TopologyError if a link would
     have bandwidth <= 0 or latency < 0.
@@ -175,11 +176,12 @@ def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def nodes(count: int, ranks: int, inside: tuple[float, float], across: tuple[float, float]) -> Topology:
-    """A topology of `count` nodes with `ranks` ranks each: a switch in each node, and one switch between all nodes.
+    """A topology of `count` nodes with `ranks` ranks each, connected by switches.
 
-    Each rank has two ports, to the switch of its node and to the switch between the nodes. inside: (bytes/s of a port
-    in each direction, seconds of latency from rank to rank) of the switch in a node. across: the same two numbers of
-    the switch between the nodes. Raises TopologyError for a bandwidth <= 0 or a latency < 0.
+    Each node has a switch, and one more switch connects all nodes. Each rank has two ports, to the switch of its node
+    and to the switch between the nodes. inside: (bytes/s of a port in each direction, seconds of latency from rank to
+    rank) of the switch in a node. across: the same two numbers of the switch between the nodes. Raises TopologyError
+    for a bandwidth <= 0 or a latency < 0.
     """
     total = count * ranks
     local = _links([(i, total + 1 + i // ranks) for i in range(total)], inside[0], inside[1] / 2)

@@ -20,7 +20,7 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """Fuse each linear with the elementwise op after it that computes activation(gate) * up. Returns the new Program.
+    """Fuse each op activation(gate) * up with the linear before it. Returns the new Program.
 
     gate and up are the two halves of the linear's result. The fused linear has the attributes `glu` and `activation`
     set, and the elementwise op (class Map) is removed.
@@ -37,7 +37,7 @@ def fuse_epilogues(p: Program) -> Program:
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """Fuse each norm with the elementwise op after it that adds a residual to its result. Returns the new Program."""
+    """Fuse each elementwise op that adds a residual to a norm's result with the norm. Returns the new Program."""
     return _fuse_maps(p, _residual_norm)
 
 

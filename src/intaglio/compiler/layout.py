@@ -122,10 +122,11 @@ class Layout:
 
     @property
     def numerics(self) -> str:
-        """Text that names what decides the bits of results, such as "tp4"; "" if they are those of a single rank.
+        """The simplest layout whose results have the same bits, as text such as "tp4".
 
-        For tp4, tp4pp2, tp4sp and tp1sums4 the text is tp4: pipeline stages and sequence parallelism change no bits.
-        Layouts with the same text compute the same K/V, bit for bit.
+        The text is "" if the bits are those of a single rank. For tp4, tp4pp2, tp4sp and tp1sums4 the text is tp4:
+        pipeline stages and sequence parallelism change no bits. Layouts with the same text compute the same K/V, bit
+        for bit.
         """
         alike = replace(self, tp=max(self.tp, self.sums), pp=1, sums=1, sp=False, placement=None)
         return "" if alike == Layout() else str(alike)

@@ -13,7 +13,7 @@ ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # gate before up
 
 
 def merge_projections(p: Program) -> Program:
-    """A copy of the Program in which linears that read the same input are merged into one wider linear.
+    """A copy of the Program in which linears with the same input are merged into one wider linear.
 
     Linears are merged if they are in the same block and have the same input, formats and scale. Their results become
     views (ranges of columns) of the wider linear's result.

@@ -20,7 +20,9 @@ HEAD = "int8g128"  # the narrowest format of the output head, whose error goes s
 
 
 def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto") -> Program:
-    """A copy of the Program in which weight matrices have the format `weights` and K/V caches the format `kv_format`.
+    """A copy of the Program with new number formats for weight matrices and K/V caches.
+
+    The formats are `weights` and `kv_format`.
 
     - weights="auto": weights keep the format in which they are stored.
     - kv_format="auto": the format of a K/V cache follows from `weights`. With "f32" it becomes f32. With "auto" or
@@ -83,7 +85,7 @@ def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
 
 
 def _table_formats(p: Program, name: str) -> dict[str, str]:
-    """Returns the format that each embedding table gets, as a dict {name of the table: name of the format}.
+    """Returns the new format of each embedding table, as a dict {name of the table: name of the format}.
 
     The format is `name` if this is f32 or bf16. For any other `name` the dict is empty: `embed` copies single rows, so
     a narrower table would not make a step faster.

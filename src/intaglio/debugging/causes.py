@@ -151,7 +151,7 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield pairs (text, op) in which the op is a copy of `op` that rotates another number of a head's columns.
+    """Yield copies of `op` that rotate another number of a head's columns, as pairs (text, op).
 
     The text describes the change. About 64 numbers are tried, from 2 columns to the whole head. The frequencies for n
     pairs of columns are theta^(-i / n), where i counts the pairs and theta is found from `op`'s table of frequencies.
@@ -379,9 +379,10 @@ def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Return a text that describes how our values differ from those of transformers, if no known mistake explains it.
+    """Return a text that describes how our values differ from those of transformers.
 
-    The text names a factor, a bias, NaN or infinite values, or the tokens that differ.
+    It is for differences that no known mistake explains. The text names a factor, a bias, NaN or infinite values, or
+    the tokens that differ.
 
     Args:
         ours: our values [tokens, columns].

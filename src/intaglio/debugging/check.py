@@ -124,12 +124,19 @@ class Report:
 
     @property
     def title(self) -> str:
-        """A heading, as text, that says which Program was compared with which reference, and on how many tokens."""
+        """The heading of the report, as text.
+
+        It names the Program, its device, the reference and the number of tokens.
+        """
         return f"{self.program} on {self.device} against {self.against}, {self.tokens} tokens"
 
     @property
     def conclusion(self) -> list[str]:
-        """A list of lines of text that say whether the two runs agree, and if not, where they first differ and why."""
+        """The conclusion of the report, as a list of lines of text.
+
+        The lines say whether the two runs agree, and if not, where they first differ and why. They also give the error
+        of the logits.
+        """
         end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
         lines = [f"{end}; logits differ by {self.logits:.2e}"]
         lines += [f"likely cause: {self.cause}"] if self.cause else []
@@ -261,7 +268,10 @@ def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
 
 
 def first_nonfinite(scene: Scene) -> str:
-    """Return a sentence that names the weight or op in which the first NaN or infinity appears; "" if there is none."""
+    """Return a sentence that says where the first NaN or infinity appears; "" if there is none.
+
+    The sentence names a weight or an op.
+    """
 
     def bad(name: str) -> bool:
         x = scene.values[name]
@@ -293,10 +303,11 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """Return the largest relative error that rounding alone may explain, for each op: a dict {op's name: tolerance}.
+    """Return the tolerance of each op's relative error, as a dict {op's name: tolerance}.
 
-    The error is ||ours - theirs|| / ||theirs||. The formula of the tolerance is in check(). The dict also has an item
-    for each view (a slice of an op's result): the tolerance of the op that computes the result.
+    The tolerance is the largest error that rounding alone may explain. The error is ||ours - theirs|| / ||theirs||. The
+    formula of the tolerance is in check(). The dict also has an item for each view (a slice of an op's result): the
+    tolerance of the op that computes the result.
 
     Args:
         p: the Program.
@@ -408,7 +419,7 @@ def weight_of(op: Op) -> str | None:
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """Return the transformers module that holds the weight of `op`; None if no module of the model holds it.
+    """Return the transformers module that holds the weight of `op`, or None if there is none.
 
     For the op Experts it is the module that holds all experts of the layer.
     """

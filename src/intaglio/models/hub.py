@@ -71,7 +71,10 @@ def locate(name: str | Path, revision: str | None = None, progress: Progress = s
 
 
 def hub_id(name: str | Path) -> str | None:
-    """Returns `name` as a string if it has the form of a hub id (owner/name) and is not an existing path; else None."""
+    """Returns `name` as a string if it is a hub id; else None.
+
+    A hub id has the form owner/name. An existing path of this form is not taken for a hub id.
+    """
     return str(name) if HUB_ID.fullmatch(str(name)) and not Path(name).exists() else None
 
 
@@ -122,10 +125,11 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 
 
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
-    """Returns a list of the safetensors files to download, and their index if there is one; [] if there are none.
+    """Returns a list of the safetensors files to download; [] if the repository has none.
 
-    Only files in the repository's top folder count. Raises HubError if the repository lacks a file that config.json or
-    the index names, or if there are several files without an index.
+    If the files have an index, it is the first item of the list. Only files in the repository's top folder count.
+    Raises HubError if the repository lacks a file that config.json or the index names, or if there are several files
+    without an index.
 
     Args:
         repo: name of the repository, for errors.
@@ -307,9 +311,10 @@ class _Repository:
 
 
 def _opened(paths: list[Path], files: list[str]) -> Path:
-    """Returns the path to open for a downloaded checkpoint: its first GGUF file, or the folder that holds its files.
+    """Returns the path at which a downloaded checkpoint can be opened.
 
-    paths: paths of the downloaded files on this machine. files: their paths in the repository, in the same order.
+    For a GGUF model this is its first file, else the folder that holds the checkpoint's files. paths: paths of the
+    downloaded files on this machine. files: their paths in the repository, in the same order.
     """
     if files[0].endswith(".gguf"):
         return paths[0]

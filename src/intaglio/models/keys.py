@@ -162,7 +162,9 @@ COMPUTES = re.compile(
 
 @dataclass(frozen=True)
 class Fate:
-    """Report on one key of a checkpoint's settings, or on one of its files: whether it was used or ignored, and why.
+    """Report that says whether one key of a checkpoint's settings was used or ignored, and why.
+
+    A Fate can also report on a whole file of the checkpoint.
 
     Attributes:
         file: name of the file.
@@ -180,9 +182,10 @@ class Fate:
 
 
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
-    """Returns a list of Fates: for each key in config.json, whether the port used or ignored the key, and why.
+    """Returns a list with a Fate for each key in config.json.
 
-    Keys of nested tables that the port reads, such as rope_parameters, have a Fate too.
+    A Fate says whether the port used or ignored the key, and why. Keys of nested tables that the port reads, such as
+    rope_parameters, have a Fate too.
 
     Args:
         c: the Config of the text model, which has recorded the keys that were read.
@@ -211,7 +214,9 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
-    """Returns a list of Fates: for each key of the quantisation settings, whether it was used or ignored, and why.
+    """Returns a list with a Fate for each key of the quantisation settings.
+
+    A Fate says whether the key was used or ignored, and why.
 
     Args:
         q: the settings, which have recorded the keys that were read.

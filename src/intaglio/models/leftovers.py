@@ -31,7 +31,7 @@ LIMIT = 1 << 24  # values of a tensor that are looked at
 
 
 def judge_tensor(checkpoint: Checkpoint, name: str) -> str:
-    """Returns the reason why an unread tensor cannot change results, as text; "" if it might change results.
+    """Returns the reason, as text, why an unread tensor cannot change results; "" if it might.
 
     checkpoint: the checkpoint. name: name of a tensor of the checkpoint that the port does not read.
     """

@@ -65,10 +65,10 @@ DECIDED_BY = {  # part of a weight's name -> the config keys that determine its 
 
 @dataclass
 class Ported:
-    """The Program of a checkpoint (its model as a list of ops), with a report of how the checkpoint was read.
+    """Result of porting a checkpoint: its Program, and a report of how the checkpoint was read.
 
     Attributes:
-        program: the Program before compilation.
+        program: the model as a list of ops, before compilation.
         family: the port that was used.
         architecture_from: text that says which file and key named the architecture.
         keys: for each key of config.json and of the quantisation settings, whether it was used or ignored, and why.
@@ -462,9 +462,9 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
 
 
 def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
-    """Returns the likely cause of missing tensors as text for the end of an error message: "; " and a phrase, or "".
+    """Returns the likely cause of missing tensors as text; "" if none is known.
 
-    missing: names of the missing tensors.
+    The text is for the end of an error message and begins with "; ". missing: names of the missing tensors.
     """
     if all(n.endswith(("bias", "sinks")) for n in missing):
         ends = {"norm" if "norm" in n else "mlp" if "mlp" in n else "attention" for n in missing}

@@ -69,9 +69,10 @@ def check_chosen(op: Op, t: Tensors, name: str | None, what: str) -> None:
 
 
 def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
-    """Returns a boolean mask [queries, context], True at the positions that a query's row of `chosen` lists.
+    """Turn lists of positions into a boolean mask [queries, context], True at the listed positions.
 
-    chosen: [queries, n], positions; -1 lists nothing. context: number of positions.
+    chosen: [queries, n], a list of positions for each query; an entry of -1 lists nothing. context: number of
+    positions.
     """
     mask = np.zeros((len(chosen), context + 1), bool)
     np.put_along_axis(mask, chosen.astype(np.int64), True, axis=1)  # -1 marks the column that is cut off
@@ -127,9 +128,9 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """Returns which tensors the op writes to which caches: ((k, k_cache, k_scale), (v, v_cache, v_scale)).
+        """Returns one tuple of tensor names for the keys and one for the values: (tensor, cache, scale).
 
-        Each item is a tuple of tensor names; the name of the scale may be None. If `v` equals `k` and `v_cache` equals
+        The op writes the tensor to the cache. The name of the scale may be None. If `v` equals `k` and `v_cache` equals
         `k_cache`, the result has only the first item.
         """
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
@@ -244,16 +245,16 @@ class Attend(Op, kind="attend"):
         return self.window or self.chunk
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """Returns the first position that each query attends to, as an array with the shape of `at`.
+        """Returns an array with the first position that each query attends to.
 
-        at: the position of each query.
+        at: the position of each query. The result has the shape of `at`.
         """
         if self.chunk:
             return at // self.chunk * self.chunk
         return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)
 
     def _hidden(self, at: np.ndarray, context: int) -> np.ndarray:
-        """Returns a boolean mask [queries, context], True where a query must not attend to the key at a position.
+        """Returns a boolean mask [queries, context]: True at positions that a query must not attend to.
 
         at: the position of each query. context: number of positions.
         """

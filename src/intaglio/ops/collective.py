@@ -53,9 +53,10 @@ class Collective(Op):
         return formats.round_to(x, self.wire)
 
     def link_bytes(self, t: Tensors, name: str, batch: Batch) -> int:
-        """Returns the number of bytes that the tensor `name` takes on a link, in the number format `wire`.
+        """Returns the number of bytes to send over a link for the tensor `name`.
 
-        t: the Program's tensors by name. batch: the batch, which gives the tensor's number of rows.
+        Values are sent in the number format `wire`. t: the Program's tensors by name. batch: the batch, which gives the
+        tensor's number of rows.
         """
         return t[name].nbytes(batch.sizes) * formats.get(self.wire).bits // formats.get(t[name].format).bits
 
@@ -71,11 +72,12 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Collective, kind="all_reduce"):
-    """Op that sums a tensor over ranks: every rank of `group` gets the sum of the ranks' tensors x.
+    """Op that sums a tensor over ranks: every rank of `group` gets the sum.
 
-    The sum is ((x0 + x1) + x2) + ... in the order of `group`, in float32. x is f32 [rows, width * slots] and out is f32
-    [rows, width]. If `slots` is 1, x is as wide as out. If `slots` is above 1, x consists of `slots` blocks of `width`
-    columns. After the sum over ranks, its blocks are then added to each other in their order: (s0 + s1) + s2 ...
+    Each rank has a tensor x. The sum is ((x0 + x1) + x2) + ... in the order of `group`, in float32. x is f32 [rows,
+    width * slots] and out is f32 [rows, width]. If `slots` is 1, x is as wide as out. If `slots` is above 1, x consists
+    of `slots` blocks of `width` columns. After the sum over ranks, its blocks are then added to each other in their
+    order: (s0 + s1) + s2 ...
 
     Attributes:
         group: numbers of the ranks.
@@ -120,9 +122,9 @@ class AllReduce(Collective, kind="all_reduce"):
 
 
 def add_slots(x: np.ndarray, slots: int) -> np.ndarray:
-    """Returns the sum of the `slots` blocks of columns of x, added in their order: f32 [rows, width].
+    """Divide the columns of x into `slots` blocks and return the sum of the blocks: f32 [rows, width].
 
-    x: f32 [rows, slots * width]. Block i is columns i * width .. (i + 1) * width - 1.
+    x: f32 [rows, slots * width]. Block i is columns i * width .. (i + 1) * width - 1. Blocks are added in their order.
     """
     first, *others = np.split(x, slots, axis=1)
     for other in others:
@@ -132,11 +134,11 @@ def add_slots(x: np.ndarray, slots: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class AllGather(Collective, kind="all_gather"):
-    """Op that joins columns: every rank of `group` gets the columns of all ranks' tensors x side by side.
+    """Op that joins the ranks' columns: every rank of `group` gets the columns of all ranks side by side.
 
-    The columns are in the order of `group`. x is f32 [rows, c], where c may differ between ranks. out is f32 [rows,
-    width], where `width` is the sum of c over the ranks. `wire` is the number format to which values are rounded before
-    they are sent: f32, bf16 or f16.
+    The columns are in the order of `group`. Each rank has a tensor x, f32 [rows, c], where c may differ between ranks.
+    out is f32 [rows, width], where `width` is the sum of c over the ranks. `wire` is the number format to which values
+    are rounded before they are sent: f32, bf16 or f16.
 
     If `tokens` is True, the op joins token rows instead of columns. Rank i of n then has x f32 [T:i/n, width], where
     T:i/n stands for the number of token rows of rank i. Every rank gets out f32 [T, width], the rows of all ranks in
@@ -171,12 +173,12 @@ class AllGather(Collective, kind="all_gather"):
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceScatter(Collective, kind="reduce_scatter"):
-    """Op that sums a tensor x over the ranks of `group`, and gives each rank some of the sum's token rows.
+    """Op that sums a tensor over ranks and gives each rank of `group` some rows of the sum.
 
-    x is f32 [T, width] on every rank. The T rows are divided into n consecutive runs of nearly equal length for n ranks
-    (batch.shared_rows()). `share` is this rank's place in `group`, and out is f32 [T:share/n, width], the rank's run;
-    T:share/n stands for the number of its rows. Values are summed in the order of `group`. `wire` is a number format:
-    f32, bf16 or f16. Each x is rounded to it before it is sent, and the sum is rounded to it, too.
+    The tensor x is f32 [T, width] on every rank. The T rows are divided into n consecutive runs of nearly equal length
+    for n ranks (batch.shared_rows()). `share` is this rank's place in `group`, and out is f32 [T:share/n, width], the
+    rank's run; T:share/n stands for the number of its rows. Values are summed in the order of `group`. `wire` is a
+    number format: f32, bf16 or f16. Each x is rounded to it before it is sent, and the sum is rounded to it, too.
     """
 
     x: str = operand()
@@ -210,7 +212,7 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAll(Collective, kind="all_to_all"):
-    """Op that redistributes a tensor: a rank has some columns of all rows, and gets all columns of some rows.
+    """Op that redistributes a tensor over ranks: from some columns of all rows to all columns of some rows.
 
     x is f32 [T, c] on every rank of `group`, where c may differ between ranks. The T token rows are divided into n
     consecutive runs for n ranks (batch.shared_rows()). `share` is this rank's place in `group`, and out is f32
@@ -248,7 +250,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """Returns a list with the symbol for each rank's number of token rows: "T:0/4" for rank 0 of 4."""
+    """Returns the symbols for the ranks' numbers of token rows, as a list: for 2 ranks ["T:0/2", "T:1/2"]."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
@@ -292,7 +294,7 @@ class Send(Collective, kind="send"):
 
 @dataclass(frozen=True, kw_only=True)
 class Recv(Collective, kind="recv"):
-    """Op that receives a tensor from another rank: out, f32 [rows, width], is what rank `peer` sends.
+    """Op that receives the tensor that rank `peer` sends: out, f32 [rows, width].
 
     `rows` is "T" (all tokens), text such as "T:1/4" (the token rows of rank 1 of 4), or "R" (rows to sample). `wire` is
     the number format to which the sender rounds values.

@@ -14,9 +14,10 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Op, kind="embed"):
-    """Op that looks up rows of an embedding table: out[t] = w[tokens[t]] * scale, for each token t of the step.
+    """Op that looks up the tokens' rows of an embedding table: out[t] = w[tokens[t]] * scale.
 
-    tokens is int32 [T] for T tokens, w is [vocabulary, width] in any format, out is f32 [T, width].
+    t counts the tokens of the step. tokens is int32 [T] for T tokens, w is [vocabulary, width] in any format, out is
+    f32 [T, width].
     """
 
     tokens: str = operand("index")

@@ -31,7 +31,10 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """Returns GELU for each element of x, as float32: x * Phi(x), where Phi is the normal distribution function."""
+    """Returns GELU of each element of x, as float32.
+
+    It is x * Phi(x), where Phi is the cumulative distribution function of the standard normal distribution.
+    """
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.vectorize(erf, otypes=[np.float64])(wide / np.sqrt(2)))).astype(np.float32)
 
@@ -86,9 +89,10 @@ def postfix(expr: str) -> Steps:
 
 
 def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Returns the value of an expression: a float32 array, or a float32 number if the expression has no operand.
+    """Returns the value of an expression, as a float32 array.
 
-    steps: the expression, parsed by postfix(). operand: function from the name a, b or c to that operand's value.
+    An expression without operands gives a float32 number instead. steps: the expression, parsed by postfix(). operand:
+    function from the name a, b or c to that operand's value.
     """
     stack: list[np.ndarray] = []
     for step, value in steps:
@@ -106,11 +110,12 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Op, kind="map"):
-    """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
+    """Op that evaluates an expression for each element: out = expr(a, b, c). Example: "silu(a) * b".
 
-    out has the shape of a. b and c each have the shape of a, or as many rows as a and fewer columns. If b or c has n
-    columns, fewer than a, the columns of a are divided into n runs of equal length, such as heads. Column i of b or c
-    is then used for all columns of run i. n = 1: the single column is used for all columns of a.
+    The computation is in float32. out has the shape of a. b and c each have the shape of a, or as many rows as a and
+    fewer columns. If b or c has n columns, fewer than a, the columns of a are divided into n runs of equal length, such
+    as heads. Column i of b or c is then used for all columns of run i. n = 1: the single column is used for all columns
+    of a.
     """
 
     elementwise: ClassVar[bool] = True

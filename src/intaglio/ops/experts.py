@@ -429,9 +429,9 @@ class Experts(Op, kind="experts"):
 
 
 def expert(w: Value, e: int) -> Value:
-    """Returns matrix number `e` of a stack of matrices: an array [N, K] or, if the stack is quantised, a Quantised.
+    """Returns matrix number `e` of a stack of matrices, [N, K].
 
-    w: the stack, [E, N, K].
+    It is a Quantised if the stack is quantised, else an array. w: the stack, [E, N, K].
     """
     return w.matrix(e) if isinstance(w, Quantised) else w[e]
 

@@ -136,12 +136,12 @@ class Linear(Op, kind="linear"):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLinear(Op, kind="head_linear"):
-    """Op that multiplies each head of x by a matrix of its own: out[t, h] = w[h] @ x[t, h, :K], for token t and head h.
+    """Op that multiplies each head of x by the head's own matrix: out[t, h] = w[h] @ x[t, h, :K].
 
-    A head of x has K + rest columns; the last `rest` columns are copied behind the product. x is f32 [T, heads * (K +
-    rest)], w is [heads, N, K] in a plain format, out is f32 [T, heads * (N + rest)]. Latent attention (DeepSeek-V2,
-    2.1.2) uses the op to bring queries into the latent space, and attention results out of it. Sums are in float32 or
-    wider.
+    t is a token and h a head. A head of x has K + rest columns; the last `rest` columns are copied behind the product.
+    x is f32 [T, heads * (K + rest)], w is [heads, N, K] in a plain format, out is f32 [T, heads * (N + rest)]. Latent
+    attention (DeepSeek-V2, 2.1.2) uses the op to bring queries into the latent space, and attention results out of it.
+    Sums are in float32 or wider.
     """
 
     x: str = operand()

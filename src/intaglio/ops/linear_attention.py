@@ -15,7 +15,7 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 
 @dataclass(frozen=True, kw_only=True)
 class Decay(Op, kind="decay"):
-    """Op that computes the step sizes and log decays of a recurrence for T tokens.
+    """Op that computes the step sizes of a recurrence, and the logarithms of its decays, for T tokens.
 
     step = clamp(softplus(x + bias)) and decay = -exp(rate[head]) * step. x is f32 [T, width], bias is [width], rate is
     [heads]; step and decay are f32 [T, width]. width is a multiple of heads: the columns of a head lie side by side.
@@ -67,7 +67,7 @@ class Decay(Op, kind="decay"):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAttention(Op, kind="linear_attention"):
-    """Op for linear attention: a recurrence over a state matrix S [K, V] per head, which each token in turn updates.
+    """Op for linear attention, a recurrence: each token in turn updates a state matrix S [K, V] of each head.
 
     For each token and head, with the token's q, k [K] and v [V]:
 

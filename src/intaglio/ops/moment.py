@@ -26,7 +26,7 @@ def moment(x: np.ndarray, of: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment(Op, kind="moment"):
-    """Op that reduces each row of x to one number: its mean, root mean square (rms) or standard deviation (std).
+    """Op that reduces each row of x to one number: its mean, root mean square or standard deviation.
 
     x is f32 [rows, width], out is f32 [rows, 1]. mean: sum(x) / width. rms: sqrt(sum(x^2) / width). std: sqrt(sum((x -
     mean)^2) / width), the deviation of a whole population. AltUp scales residual streams by rms (Baykal et al. 2023,

@@ -28,10 +28,10 @@ ROLES = ("input", "const", "weight", "state", "temp", "output")
 
 
 def dim_known(dim: Dim) -> bool:
-    """True if a dimension of a shape is valid: a number above 0, one of SYMBOLS, or a text such as "T:1/4" or "B/4".
+    """True if a dimension of a shape is valid.
 
-    "T:1/4" is the number of token rows of rank 1 of 4. "B/4" is the number of rows of a page with one row for each run
-    of 4 tokens.
+    Valid are numbers above 0, the texts in SYMBOLS, and texts such as "T:1/4" and "B/4". "T:1/4" is the number of token
+    rows of rank 1 of 4. "B/4" is the number of rows of a page with one row for each run of 4 tokens.
     """
     if isinstance(dim, int):
         return dim > 0
@@ -41,9 +41,15 @@ def dim_known(dim: Dim) -> bool:
 
 
 def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """Returns the size of a dimension of a shape: `dim` itself if it is a number, else its value in `sizes`.
+    """Returns the size of a dimension of a shape, a number.
 
-    A dimension such as "B/4" has the size sizes["B"] / 4, rounded up. Raises KeyError if `sizes` lacks the symbol.
+    The size is found in one of three ways:
+
+    - `dim` is a number: the number itself.
+    - `dim` is a symbol such as "T": its value in `sizes`.
+    - `dim` is a text such as "B/4": sizes["B"] / 4, rounded up.
+
+    Raises KeyError if `sizes` lacks the symbol.
     """
     if isinstance(dim, int):
         return dim
@@ -154,10 +160,10 @@ def operand(
     keys: bool = False,
     up: str = "",
 ) -> Any:
-    """Declare a field of an op's class that names an operand: a tensor that the op reads, or a state tensor.
+    """Declare a field of an op's class that names an operand.
 
-    Returns a dataclasses.field(). Raises TypeError for an unknown use or access, or an access that the use does not
-    allow.
+    An operand is a tensor that the op reads, or a state tensor. Returns a dataclasses.field(). Raises TypeError for an
+    unknown use or access, or an access that the use does not allow.
 
     Args:
         use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
@@ -282,9 +288,10 @@ class Op:
     @classmethod
     @cache
     def fields_where(cls, **facts: Any) -> tuple[str, ...]:
-        """Returns a tuple of the names of the class's operand fields that were declared with all of `facts`.
+        """Returns the names of the class's operand fields that have the properties `facts`, as a tuple.
 
-        facts: arguments of operand(), the function that declares a field. Example: use="matrix".
+        facts: the properties, as keyword arguments of operand(), the function that declares a field. Example:
+        use="matrix". The result has the fields that were declared with all of them.
         """
         return tuple(
             f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
@@ -324,10 +331,10 @@ class Op:
 
     @property
     def gates(self) -> dict[str, str]:
-        """A dict from the name of each gate tensor to the name of its up tensor; {} for an op without a gated product.
+        """The op's gate and up tensors, as a dict {name of a gate tensor: name of its up tensor}.
 
-        A gated product is activation(gate @ x) * (up @ x). The dict has an item for the two weights and, if the op has
-        biases, an item for the two biases.
+        Gate and up are the weights of a gated product, activation(gate @ x) * (up @ x). The dict has an item for the
+        two weights and, if the op has biases, an item for the two biases. {} for an op without a gated product.
         """
         pairs = [(n, f.metadata["up"]) for f in fields(self) if (n := f.name) and f.metadata.get("up")]
         return {gate: up for a, b in pairs if (gate := getattr(self, a)) and (up := getattr(self, b))}

@@ -71,10 +71,11 @@ def pool(value: np.ndarray, gate: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolKeys(Op, kind="pool_keys"):
-    """Op that pools each complete run of `every` tokens into one entry, and writes it to a cache of entries.
+    """Op that pools each complete run of `every` tokens into one cache entry.
 
-    A token of the step completes a run if its position p satisfies (p + 1) % every == 0. For each such token and each
-    column, the entry is computed in three steps (DeepSeek-V4, 2026, section 2.3):
+    The entry is written to the cache `entries`. A token of the step completes a run if its position p satisfies (p + 1)
+    % every == 0. For each such token and each column, the entry is computed in three steps (DeepSeek-V4, 2026, section
+    2.3):
 
     1. entry = the sum over the run's tokens j of value[j] times the softmax over j of (gate[j] + bias[j]);
     2. entry = entry / sqrt(mean(entry^2) + eps) * weight;
@@ -155,7 +156,9 @@ class PoolKeys(Op, kind="pool_keys"):
 
 
 def closers(batch: Batch, every: int) -> list[tuple[int, int]]:
-    """Returns the places of the tokens that end a run of `every` tokens, as a list of (sequence, row) in order.
+    """Returns a list with a pair (sequence, row) for each token that ends a run of `every` tokens.
+
+    The pairs are in the order of the tokens.
 
     sequence: index of the token's sequence in the batch. row: index of the token in the step.
     """

@@ -18,10 +18,10 @@ STYLES = ("half", "interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op, kind="rope"):
-    """Op for rotary position embedding: rotates pairs of columns of each head by position * frequency (Su et al. 2021).
+    """Op for rotary position embedding: rotates pairs of columns of each head (Su et al. 2021).
 
-    For T tokens: x and out f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const).
-    The angle is a float32 product.
+    The angle of a rotation is position * frequency, a float32 product. For T tokens: x and out f32 [T, heads *
+    head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const).
 
     Attributes:
         style: "half" pairs column i with i + rotary_dim / 2 (as transformers' rotate_half); "interleaved" pairs 2i with
@@ -73,10 +73,10 @@ class Rope(Op, kind="rope"):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoid(Op, kind="sinusoid"):
-    """Op for sinusoidal position embeddings: out[t] = [sin(p * frequencies), cos(p * frequencies)] for token t.
+    """Op for sinusoidal position embeddings: out[t] = [sin(p * frequencies), cos(p * frequencies)].
 
-    p is positions[t] + first. For T tokens: positions int32 [T], frequencies f32 [width / 2] (a const), out f32 [T,
-    width]. The angle is a float32 product (Vaswani et al. 2017, 3.5).
+    t is a token, and p is positions[t] + first. For T tokens: positions int32 [T], frequencies f32 [width / 2] (a
+    const), out f32 [T, width]. The angle is a float32 product (Vaswani et al. 2017, 3.5).
     """
 
     positions: str = operand("index")

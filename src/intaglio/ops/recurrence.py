@@ -21,10 +21,11 @@ def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
 
 
 def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (token rows, state) for each sequence in the batch: a slice of the step's tokens, and a float32 array.
+    """Yield a pair (token rows, state) for each sequence in the batch.
 
-    The array is a copy of the sequence's state, or zeros if it has none yet. The caller changes the array in place to
-    the new state, which is then written to the sequence's slot `state_to`.
+    The token rows are a slice of the step's tokens. The state is a float32 array: a copy of the sequence's state, or
+    zeros if it has none yet. The caller changes this array in place to the new state. It is then written to the
+    sequence's slot `state_to`.
 
     v: values of the op's operands by name. name: name of the state tensor, an array with one item per slot.
     """
@@ -38,9 +39,10 @@ def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple
 
 
 def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
-    """Returns the number of bytes of state that a step moves: it reads and writes each sequence's state once.
+    """Returns the number of bytes of state that a step reads and writes, in total.
 
-    t: the Program's tensors by name. name: name of the state tensor. batch: the sequences of the step.
+    The step reads and writes each sequence's state once. t: the Program's tensors by name. name: name of the state
+    tensor. batch: the sequences of the step.
     """
     return 2 * len(batch.q_len) * t[name].nbytes({"N": 1})
 

@@ -47,10 +47,10 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """Returns the logits from which a token is sampled, float32 [vocabulary]: after penalties, bias and grammar mask.
+    """Returns the logits after penalties, logit bias and grammar mask, float32 [vocabulary].
 
-    logits: the model's logits, [vocabulary]. s: `s.edits` holds penalties and logit bias, or is None. `s.mask` has a
-    bit for each token id, or is None; an id whose bit is 0 gets -inf.
+    The token is sampled from these logits. logits: the model's logits, [vocabulary]. s: `s.edits` holds penalties and
+    logit bias, or is None. `s.mask` has a bit for each token id, or is None; an id whose bit is 0 gets -inf.
     """
     if s.edits is not None:
         at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
@@ -90,12 +90,13 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
-    """Op that samples a token for each of R rows: tokens[r] from logits[r], with the settings batch.sampling[r].
+    """Op that samples a token from each of R rows of logits.
 
-    logits is f32 [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural
-    log-probability under the softmax of the model's logits, before penalties, bias and mask. If a row has a NaN, or its
-    largest logit is infinite (before or after edits and mask), its token is -1 and its logprob is NaN. The random
-    numbers depend only on the seed in the row's settings and on the new token's position in its sequence.
+    tokens[r] is sampled from logits[r] with the settings batch.sampling[r]. logits is f32 [R, vocabulary], tokens int32
+    [R], logprobs f32 [R]. logprobs[r] is the token's natural log-probability under the softmax of the model's logits,
+    before penalties, bias and mask. If a row has a NaN, or its largest logit is infinite (before or after edits and
+    mask), its token is -1 and its logprob is NaN. The random numbers depend only on the seed in the row's settings and
+    on the new token's position in its sequence.
     """
 
     logits: str = operand()

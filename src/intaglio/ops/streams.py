@@ -17,7 +17,7 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 
 
 def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
-    """Returns the matrices that the op Sinkhorn computes from `x`: their rows and columns sum to about 1.
+    """Returns the matrices of `x`, changed so that all rows and columns of each sum to about 1.
 
     `x` and the result are float64 [rows, n * n]: each row is an n x n matrix, written row by row. The class Sinkhorn
     describes the computation and the meaning of `iterations` and `eps`.
@@ -35,9 +35,9 @@ def doubly_stochastic(x: np.ndarray, iterations: int, eps: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Op, kind="sinkhorn"):
-    """Op that turns each row of `x`, an n x n matrix, into a matrix whose rows and columns sum to about 1.
+    """Op that changes n x n matrices so that all rows and columns of each sum to about 1.
 
-    It is the algorithm of Sinkhorn & Knopp (1967) as DeepSeek-V4 uses it:
+    It computes `out` from `x` by the algorithm of Sinkhorn & Knopp (1967) as DeepSeek-V4 uses it:
 
     1. m = softmax of each matrix row, plus `eps`.
     2. Divide each matrix column of m by (its sum + `eps`).

@@ -32,7 +32,7 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Table of the experts that each expert-parallel rank holds, for all layers.
+    """Table that lists the experts that each expert-parallel rank holds, for all layers.
 
     `layers` maps a layer, by the site (name) of its op `experts`, to one tuple per rank: the numbers of the experts
     that the rank holds, ascending. Several ranks may hold the same expert. If n ranks hold it, they share its tokens:
@@ -175,10 +175,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ranks(site: str, found: Any) -> Ranks:
-    """Returns one layer's placement, read from its JSON value `found`: a tuple with a tuple of expert numbers per rank.
+    """Returns the experts that each rank holds in one layer, read from JSON.
 
-    `site` is the name of the layer's op, for the error message. Raises PlacementError unless `found` is a list of lists
-    of integers of 0 or more.
+    The result is a tuple that has for each rank a tuple of expert numbers. `found` is the layer's JSON value. `site` is
+    the name of the layer's op, for the error message. Raises PlacementError unless `found` is a list of lists of
+    integers of 0 or more.
     """
     if not isinstance(found, list) or not all(isinstance(own, list) for own in found):
         raise PlacementError(
@@ -216,7 +217,9 @@ def turns(held: Ranks, rank: int) -> dict[str, Any]:
 
 
 def slots_of(experts: int, ranks: int, redundant: int) -> int:
-    """Returns how many experts of a layer each rank holds, copies included: ceil((experts + redundant) / ranks).
+    """Returns the number of experts of a layer that each rank holds, copies included.
+
+    The number is ceil((experts + redundant) / ranks).
 
     Args:
         experts: number of different experts of the layer.
@@ -279,7 +282,9 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
 
 
 def rank_loads(held: Sequence[Sequence[int] | set[int]], share: np.ndarray) -> np.ndarray:
-    """Returns the load of each rank, f64 [ranks]: the sum of the loads of the expert copies that the rank holds.
+    """Returns the load of each rank, f64 [ranks].
+
+    A rank's load is the sum of the loads of the expert copies that it holds.
 
     held: for each rank, the numbers of its experts. share: load of one copy of each expert, f64 [experts].
     """
@@ -287,10 +292,10 @@ def rank_loads(held: Sequence[Sequence[int] | set[int]], share: np.ndarray) -> n
 
 
 def _rank_load(own: Sequence[int] | set[int], share: np.ndarray) -> float:
-    """Returns the load of one rank: the sum of share[e] over the experts e in `own`, the experts that the rank holds.
+    """Returns the load of the rank that holds the experts `own`.
 
-    `share` is the load of one copy of each expert, f64 [experts]. The terms are added in ascending order of expert, so
-    that the same set of experts always gives the same bits.
+    The load is the sum of share[e] over these experts e. `share` is the load of one copy of each expert, f64 [experts].
+    The terms are added in ascending order of expert, so that the same set of experts always gives the same bits.
     """
     return float(share[sorted(own)].sum())
 

@@ -156,11 +156,11 @@ class CollectiveMatcher:
 
 
 def _terms(p: Program, op: Collective) -> Hashable:
-    """Returns the properties of the collective `op` that must be the same on all its ranks, as one hashable tuple.
+    """Returns a tuple of the properties of `op`, a collective, that must be the same on all its ranks.
 
-    For a send or recv these are the tensor's shape and its format on the wire. Any other collective also has its kind,
-    its site (name of the op's place in the model) and `slots`, the number of column blocks that an all_reduce adds to
-    each other. `p` is the Program that contains `op`.
+    The tuple is hashable. For a send or recv these are the tensor's shape and its format on the wire. Any other
+    collective also has its kind, its site (name of the op's place in the model) and `slots`, the number of column
+    blocks that an all_reduce adds to each other. `p` is the Program that contains `op`.
     """
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire

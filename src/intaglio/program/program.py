@@ -20,7 +20,7 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True, eq=True)
 class Program:
-    """A model, or the part of it that one rank computes: ops in the order in which they run, and a table of tensors.
+    """A model as a list of ops and a table of tensors. It may be only the part of a model that one rank computes.
 
     Attributes:
         name: the model's name.
@@ -156,8 +156,8 @@ class Program:
         return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
-        """Returns the Work (FLOPs and bytes) of each op in one step with the given batch, as a dict.
+        """Returns the Work (FLOPs and bytes) of each op in a step, as a dict {site: Work}.
 
-        The keys are the ops' sites, the names of their places in the model.
+        An op's site is the name of its place in the model. batch: the batch of the step.
         """
         return {op.site: op.work(self.tensors, batch) for op in self.ops}

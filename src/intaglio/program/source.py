@@ -117,10 +117,11 @@ def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
 
 
 def part_sizes(sources: Sequence[str], length: int, axis: str = "r") -> list[int] | None:
-    """Returns how many rows of a weight each of its sources provides, as a list; None if the sources do not say.
+    """Returns the number of rows of a weight that each of its sources provides, as a list.
 
-    A source is a text that names a checkpoint tensor. If it takes only some rows of the tensor, it ends with |rA:B/N,
-    which means rows A to B - 1 of every N rows. The row counts are known in two cases:
+    The result is None if the sources do not determine the numbers. A source is a text that names a checkpoint tensor.
+    If it takes only some rows of the tensor, it ends with |rA:B/N, which means rows A to B - 1 of every N rows. The row
+    counts are known in two cases:
 
     - All sources have this ending, and their numbers B - A add up to `length`. The result is then these numbers.
     - All sources take rows of the same tensor with the same N, and `length` is k times the sum of their numbers B - A.
@@ -141,7 +142,7 @@ def part_sizes(sources: Sequence[str], length: int, axis: str = "r") -> list[int
 
 
 def names(source: str) -> list[str]:
-    """Returns a list of the names of the checkpoint tensors that a source reads.
+    """Returns the names of the checkpoint tensors that a source reads, as a list.
 
     source: text such as "experts.{0..7}.w1|T", which names checkpoint tensors and the changes to make to them.
     """
@@ -167,10 +168,10 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """Returns the shape that a tensor of shape `shape` has after the steps of a source were applied, as a tuple.
+    """Returns the shape of a tensor after the steps of a source are applied, as a tuple.
 
-    steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the rows into a stack of 16
-    matrices). Raises ProgramError for a cut that does not fit.
+    shape: the shape before. steps: texts such as "T" (transpose), "r0:1/2" (keep row 0 of every 2) or "h16" (divide the
+    rows into a stack of 16 matrices). Raises ProgramError for a cut that does not fit.
     """
     for step in steps:
         if step[0] == "g":
@@ -289,12 +290,15 @@ def _cut_columns(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """Returns which scales of a quantised matrix are kept if some of its columns are kept: a tuple of one text.
+    """Turn a cut of a quantised matrix's columns into the cut of its scales that goes with it.
 
-    `step` is a text "cA:B/N", which keeps columns A to B - 1 of every N. The result has the same form and keeps
-    columns of the matrix of scales. Each scale is shared by `group` columns: with `group` 32, "c96:192/384" gives
-    ("c3:6/12",). Returns () if a group is the whole row, so that all scales are kept. Returns None if the kept range
-    begins or ends inside a group.
+    `step` is a text "cA:B/N", which keeps columns A to B - 1 of every N. Each scale is shared by `group` columns. The
+    result is one of these:
+
+    - A tuple with one text of the same form, which keeps columns of the matrix of scales. With `group` 32,
+      "c96:192/384" gives ("c3:6/12",).
+    - (): a group is the whole row, so all scales are kept.
+    - None: the kept range begins or ends inside a group.
 
     Args:
         step: the cut of columns, as text.
@@ -312,7 +316,7 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """Returns the array `x`, which is not quantised, after applying the steps of a source to it.
+    """Returns the array `x` after the steps of a source are applied. `x` is not quantised.
 
     steps: texts such as "T" (transpose) or "r0:1/2" (keep row 0 of every 2), see take(). Raises ProgramError for a cut
     that does not fit.
@@ -374,7 +378,7 @@ def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) ->
 
 
 def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
-    """Returns a boolean mask, one item for each index in `ids`: True if the cuts `steps` keep this index of an axis.
+    """Returns a boolean mask over the indices `ids` of an axis: True for each index that the cuts `steps` keep.
 
     steps: cuts of that axis as texts, such as "r0:1/2". Raises ProgramError for a step that is not a cut.
     """

@@ -67,9 +67,10 @@ def sites_unique(p: Program) -> Iterator[str]:
 
 
 def faces_present(p: Program) -> Iterator[str]:
-    """Yield an error message for each op that is not registered, and for each method that an op lacks.
+    """Yield an error message for each op that is not registered.
 
-    An op needs the methods shapes(), reference() and work(). A collective needs exchange() instead of reference().
+    Also yields a message for each method that an op lacks. An op needs the methods shapes(), reference() and work(). A
+    collective needs exchange() instead of reference().
     """
     for op in p.ops:
         if REGISTRY.get(op.kind) is not type(op):
@@ -172,9 +173,10 @@ def state_kept(p: Program) -> Iterator[str]:
 
 
 def windows_kept(p: Program) -> Iterator[str]:
-    """Yield an error message for each K/V cache that some op reads through a sliding window and another op without one.
+    """Yield error messages for each K/V cache that is read both with and without a sliding window.
 
-    Only the caches of ops with two block tables (Op.two_tables) are checked.
+    There is one message for each op that reads the cache with a window. Only the caches of ops with two block tables
+    (Op.two_tables) are checked.
     """
     for op in p.ops:
         for name in op.reads_state if op.two_tables else ():
@@ -184,9 +186,10 @@ def windows_kept(p: Program) -> Iterator[str]:
 
 
 def buffers_apart(p: Program) -> Iterator[str]:
-    """Yield an error message for each op that overwrites a temp (intermediate result) which a later op still reads.
+    """Yield an error message for each op that overwrites an intermediate result which is still needed.
 
-    This can happen because several temps may share one memory buffer, one after another.
+    The op itself or a later op reads it. This can happen because several intermediate results may share one memory
+    buffer, one after another.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     holder: dict[int, str] = {}

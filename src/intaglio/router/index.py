@@ -53,7 +53,7 @@ CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 @dataclass(frozen=True)
 class Prefix:
-    """Record of the router about a prefix of a prompt's text: its length in tokens, and its last whole K/V block.
+    """Entry of the router's table of prompt prefixes: a prefix's length in tokens and its last whole K/V block.
 
     PromptMemory keeps one Prefix for each prefix key, which is a hash of the prefix (see prefix_keys()).
 

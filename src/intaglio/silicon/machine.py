@@ -101,7 +101,9 @@ class Core:
 
 @dataclass(eq=False)
 class Transfer:
-    """A transfer in progress: an instruction that moves bytes between a core and HBM (through the L2), or over a link.
+    """An instruction in progress that moves bytes between a core and HBM, or over a link.
+
+    Bytes between a core and HBM move through the L2.
 
     Attributes:
         core: number of the core.

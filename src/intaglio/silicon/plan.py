@@ -116,10 +116,10 @@ class Plan:
         return done.seconds, sum(joules(self.target.chip, kernels, done.seconds).values())
 
     def fastest(self, sizes: BatchSizes) -> Schedule:
-        """Returns the faster of two Schedules of one step: with the whole batch, and with two halves that overlap.
+        """Returns the faster of two Schedules of one step.
 
-        Halves are tried only if the library has dual-batch overlap, the step has collectives, and it has at least 2
-        tokens.
+        One has the whole batch, the other has two halves of the batch that overlap. Halves are tried only if the
+        library has dual-batch overlap, the step has collectives, and the step has at least 2 tokens.
         """
         whole = self.schedule(sizes)
         communicates = any(t.link_bytes for t in whole.timings)

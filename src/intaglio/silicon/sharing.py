@@ -12,9 +12,10 @@ MANY = -1
 
 
 class SharedHbm:
-    """Detects conflicts between cores in one run: two cores access the same byte of HBM, and at least one writes it.
+    """Detects conflicts between the cores of one run in their accesses to HBM.
 
-    The simulator refuses a run with a conflict, because the order of the two accesses is not defined.
+    In a conflict, two cores access the same byte, and at least one of them writes it. The simulator refuses a run with
+    a conflict, because the order of the two accesses is not defined.
 
     Attributes:
         writer: for each byte, 1 + the number of the core that wrote it; 0: none has.

@@ -15,9 +15,9 @@ ChunkCounts = tuple[tuple[int, int, int], ...]  # (queries, keys up to and inclu
 
 
 def count_chunks(q_len: Sequence[int], context_len: Sequence[int]) -> ChunkCounts:
-    """Returns a tuple with an item (q_len, context_len, n) for each distinct pair of lengths in a batch.
+    """Returns a tuple with one item (q_len, context_len, n) for each distinct pair of lengths.
 
-    n is the number of sequences that have both lengths. q_len, context_len: lengths of each sequence.
+    n is the number of sequences of the batch that have both lengths. q_len, context_len: lengths of each sequence.
     """
     pairs, counts = np.unique(np.stack([q_len, context_len], axis=1), axis=0, return_counts=True)
     return tuple((int(q), int(c), int(n)) for (q, c), n in zip(pairs, counts, strict=True))

@@ -29,9 +29,9 @@ class Stream:
 
 @dataclass
 class Ring:
-    """A circular buffer of tiles of equal size, so that one tile can be loaded while another is in use.
+    """A circular buffer of tiles of equal size.
 
-    tiles: the tiles. used: how many times next() has been called.
+    While one tile is in use, another can be loaded. tiles: the tiles. used: how many times next() has been called.
     """
 
     tiles: tuple[Region, ...]

@@ -132,7 +132,7 @@ class TileLoop:
 
 
 def followed_jobs(kept: int, cores: int) -> Iterator[int]:
-    """Yields numbers of jobs in ascending order: those for which TileLoop.through_l2() simulates a loop.
+    """Yields the numbers of jobs for which TileLoop.through_l2() simulates a loop, in ascending order.
 
     For other numbers of jobs, through_l2() interpolates. All yielded numbers are above `kept`, so the loops exceed the
     L2.
@@ -153,16 +153,20 @@ def followed_jobs(kept: int, cores: int) -> Iterator[int]:
 
 @lru_cache(maxsize=16384)
 def followed(loop: TileLoop, target: Target, full: int, rest: int) -> float:
-    """Returns the seconds of a loop, from a simulation of one core through all of its jobs.
+    """Returns the seconds that a loop takes, from a simulation of one core.
 
-    full: number of jobs that every core has. rest: number of cores that have one more job. loop.jobs is not used.
+    The core is simulated through all of its jobs. full: number of jobs that every core has. rest: number of cores that
+    have one more job. loop.jobs is not used.
     """
     return _Core(loop, target, full, rest).run()
 
 
 @lru_cache(maxsize=16384)
 def evicting(loop: TileLoop, target: Target, source: Source, jobs: int, k: int) -> tuple[float, float]:
-    """Returns (seconds, bytes that HBM moves) of a loop that exceeds the L2, from a simulation of one core.
+    """Returns (seconds, bytes that HBM moves) of a loop whose data exceed the L2.
+
+    They come from a simulation of one core with the largest number of jobs. If fewer than a quarter of the cores have
+    that many, one of the other cores is simulated too, and the longer time is returned.
 
     jobs: number of jobs; loop.jobs is not used. k: the simulated L2 has 1 / k of the size that the library can use.
     """
@@ -204,11 +208,12 @@ class _Core:
         self.waited = 0.0  # seconds in which the core loaded nothing before its latest job
 
     def excess(self, users: int, size: float, missed: float, written: float) -> float:
-        """Returns how many more bytes HBM moves for the slowest core's transfer than for that of an average core.
+        """Returns the extra bytes that HBM moves for the slowest core's transfer, compared with an average core.
 
-        Which lines miss the L2 is random, and so is which evicted lines are dirty. For the slowest core, the number of
-        lines that HBM moves is therefore some standard deviations above the mean. Returns 0 if each core has a single
-        tile buffer: a late core then gets the bandwidth of the cores that wait.
+        Also adds the transfer to self.variance. Which lines miss the L2 is random, and so is which evicted lines are
+        dirty. For the slowest core, the number of lines that HBM moves is therefore some standard deviations above the
+        mean. Returns 0 if each core has a single tile buffer: a late core then gets the bandwidth of the cores that
+        wait.
 
         Args:
             users: number of cores that make the transfer.
@@ -222,7 +227,7 @@ class _Core:
         return LINE * self.deviations * (sqrt(self.variance) - sqrt(before)) if self.loop.depth > 1 else 0.0
 
     def saved_s(self, share: float) -> float:
-        """Returns the seconds by which a load is shorter than it would be if all cores loaded at the same time.
+        """Returns the seconds that a load saves because the cores do not all load at the same time.
 
         Misses are random, so cores drift apart: while one core waits, others use its share of the bandwidth. The
         further they are apart, the more time is saved. Cores with a single tile buffer wait after every load, so they
@@ -237,7 +242,10 @@ class _Core:
         return max(least * self.waited, min(self.waited, apart_s)) / self.loads
 
     def active(self, job: int) -> int:
-        """Returns the number of cores that execute a job with the number `job`: all that have more than `job` jobs."""
+        """Returns the number of cores that execute a job with the number `job`.
+
+        These are all cores that have more than `job` jobs.
+        """
         return self.target.chip.cores if job < self.full * len(self.loop.pieces) else self.rest
 
     def piece(self, job: int) -> float:

@@ -64,7 +64,10 @@ class Timeline:
         return max((e.end for e in self.ops), default=0.0)
 
     def busy(self) -> dict[str, float]:
-        """Returns {name of an engine or memory, such as "MXU": seconds in which it was in use}, summed over all ops."""
+        """Returns a dict with the seconds in which each engine and each memory was in use, summed over all ops.
+
+        A key is the name of an engine or memory, such as "MXU".
+        """
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
             for engine, seconds in e.timing.busy.items():
@@ -87,9 +90,9 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """The pair (name, seconds) of the largest item of spent_on(), with a readable name such as "the matrix array".
+        """The largest item of spent_on(), as a pair (name, seconds).
 
-        Raises ValueError if the step has no ops.
+        The name is a readable one, such as "the matrix array". Raises ValueError if the step has no ops.
         """
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
@@ -114,9 +117,10 @@ class Timeline:
         return self.totals().hbm_bytes / (self.seconds * self.chip.hbm_bytes_per_s) if self.seconds else 0.0
 
     def link_share(self) -> float:
-        """Returns the link utilization: bytes that the chip sends / (bytes/s of all its links * the step's seconds).
+        """Returns the link utilization: the fraction of the chip's total link bandwidth that the step uses.
 
-        Returns 0 if the step takes no time, or if the chip has no links.
+        It is the bytes that the chip sends / (bytes/s of all its links * the step's seconds). Returns 0 if the step
+        takes no time, or if the chip has no links.
         """
         rate = self.chip.links.chip_bytes_per_s
         return self.totals().link_bytes / (self.seconds * rate) if self.seconds and rate else 0.0

@@ -204,7 +204,10 @@ class BlockDirectory:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Returns a list of os.DirEntry, one for each file and folder in `folder`; [] if the folder cannot be read."""
+    """Returns a list with one os.DirEntry for each file and folder in `folder`.
+
+    The list is empty if the folder cannot be read.
+    """
     try:
         with os.scandir(folder) as found:
             return list(found)

@@ -86,9 +86,9 @@ class Leases:
             self._file(lease).unlink()
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Returns a frozenset of the names of the blocks that a lease protects; None if there is no such lease.
+        """Returns a frozenset of the names of the blocks that a lease protects, or None.
 
-        It is None if the lease has ended or never existed, or if its file is damaged. lease: id of the lease.
+        None: the lease has ended or never existed, or its file is damaged. lease: id of the lease.
         """
         try:
             return self._read(self._file(lease))

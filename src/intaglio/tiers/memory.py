@@ -61,9 +61,9 @@ class MemoryLeases:
             self._held.pop(lease, None)
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Returns a frozenset of the names of the blocks that a lease protects; None if it has ended or never existed.
+        """Returns a frozenset of the names of the blocks that a lease protects, or None.
 
-        lease: id of the lease.
+        None: the lease has ended or never existed. lease: id of the lease.
         """
         with self._lock:
             ends, names = self._held.get(lease, (0.0, None))

@@ -32,7 +32,7 @@ IDLE_MAX = 64  # connections to peers that are kept open
 
 
 def default_budget(memory: int, engines: int) -> int:
-    """Returns the default memory budget, in bytes, for the K/V blocks that one engine keeps for its peers.
+    """Returns the default number of bytes of K/V blocks that one engine keeps in memory for its peers.
 
     1/8 of the machine's memory is divided equally among its engines; each engine gets at most 8 GiB.
 
@@ -59,9 +59,10 @@ class PeerLoad(StoreLoad):
                 self.client.abort()
 
     def wait_for(self, client: BlockClient | None) -> None:
-        """Record the connection on which the load waits for a peer, so that cancel() can close it. Returns nothing.
+        """Record the connection on which the load waits for a peer.
 
-        Waits while cancel() runs in another thread. client: the connection; None: the load waits for no peer.
+        cancel() closes this connection. If cancel() is running in another thread, wait_for() first waits for its end.
+        client: the connection; None: the load waits for no peer.
         """
         with self._lock:
             self.client = client
@@ -98,10 +99,10 @@ class PeerTier(StoreTier):
         return self.server.address
 
     def announce(self, names: Iterable[str], address: TcpAddress) -> None:
-        """Record that the peer at `address` has the blocks `names`, so that a later load() fetches them from it.
+        """Record that the peer at `address` has the blocks `names`.
 
-        Nothing is fetched now. load() fetches only blocks that are not in this tier's own memory. At most ANNOUNCED_MAX
-        names are remembered; the oldest are forgotten.
+        Nothing is fetched now. A later load() fetches those of the blocks from the peer that are not in this tier's own
+        memory. At most ANNOUNCED_MAX names are remembered; the oldest are forgotten.
         """
         with self._peers:
             for name in names:
@@ -216,7 +217,7 @@ class PeerTier(StoreTier):
                 self._announced.pop(name, None)
 
     def _connected(self, address: TcpAddress) -> BlockClient:
-        """Returns a connection to the peer at `address`: one that was kept, or a new one.
+        """Returns a connection to the peer at `address`, either a kept one or a new one.
 
         Raises OSError if the peer cannot be reached or refuses the connection.
         """

@@ -72,7 +72,10 @@ class BlockLeases(Protocol):
         """
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Returns a frozenset of the names of the blocks that a lease protects; None if it has ended or never was."""
+        """Returns a frozenset of the names of the blocks that a lease protects, or None.
+
+        None: the lease has ended or never existed.
+        """
 
 
 class BlockStore(Protocol):
@@ -165,7 +168,8 @@ class StoreTier:
     def stored(self, names: Sequence[str]) -> int:
         """Returns the number of blocks in `names` before the first block that the store does not have.
 
-        names: names of the blocks, each the parent of the next.
+        If the store has all of them, this is the length of `names`. names: names of the blocks, each the parent of the
+        next.
         """
         return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
 

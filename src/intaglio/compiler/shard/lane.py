@@ -17,10 +17,11 @@ from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
-    """Builds the Program of one lane: one of the tp * ep ranks of a pipeline stage, which all have the same layers.
+    """Builds the Program of one lane (one rank of a pipeline stage).
 
-    run() calls the sharding rule of each op. A rule is a function that adds the lane's part of the op by calling the
-    other methods. A lane's share of a tensor is the part that the lane has: runs of columns, heads or experts.
+    A stage has tp * ep lanes, which all have the same layers. run() calls the sharding rule of each op. A rule is a
+    function that adds the lane's part of the op by calling the other methods. A lane's share of a tensor is the part
+    that the lane has: runs of columns, heads or experts.
 
     Attributes:
         p: the whole Program.
@@ -141,11 +142,11 @@ class Lane:
         return as_ or name
 
     def tears(self, name: str, shares: Sequence[Share]) -> bool:
-        """True if a cut between lanes splits a group of a quantised weight, so that each lane quantises its part anew.
+        """True if a cut between lanes (ranks) splits a group of a quantised weight.
 
-        A group is a run of values that share a scale. The result is False for a weight whose codes come from a
-        checkpoint, because it keeps the checkpoint's scales. name: the weight. shares: for each lane (rank), its
-        columns.
+        Then each lane quantises its part anew. A group is a run of values that share a scale. The result is False for a
+        weight whose codes come from a checkpoint, because it keeps the checkpoint's scales. name: the weight. shares:
+        for each lane (rank), its columns.
         """
         t = self.p.tensors[name]
         fmt, width = formats.get(t.format), int(t.shape[-1])
@@ -330,10 +331,11 @@ def sharding_rule(*types: type[Op]) -> Callable[[Rule], Rule]:
 
 
 def rule_of(op: Op) -> Rule:
-    """The sharding rule of an op: a function (lane, op) that adds the lane's part of the op to the lane's Program.
+    """The sharding rule of an op, as a function (lane, op).
 
-    An elementwise op whose class has no rule has the rule of Map, if all its operands are activations. Raises
-    LayoutError for any other op without a rule.
+    The function adds the lane's part of the op to the Program of the lane (one rank). An elementwise op whose class has
+    no rule has the rule of Map, if all its operands are activations. Raises LayoutError for any other op without a
+    rule.
     """
     if type(op) not in RULES and op.elementwise and op.inputs == op.operands("rows"):
         return RULES[Map]
@@ -346,7 +348,7 @@ def rule_of(op: Op) -> Rule:
 
 
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
-    """The checkpoint sources from which one lane (rank) reads its part of the weight `t`, as a tuple of texts.
+    """The checkpoint sources of one lane's (rank's) part of the weight `t`, as a tuple of texts.
 
     A source names a checkpoint tensor and the part of it to read. There is at least one for each run of indices in
     `share`. The tuple is () for a tensor that is not read from a checkpoint, such as a state.

@@ -65,11 +65,12 @@ def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
 
 
 def plan_heads(p: Program, op: Attend | AttendPooled, layout: Layout, plan: Plan) -> None:
-    """Divide an attention op among tp lanes (ranks) by heads: add the tensors that it reads to `plan`. Returns nothing.
+    """Divide an attention op among tp lanes (ranks) by heads. Returns nothing.
 
-    Query heads are divided evenly. A lane has the K/V heads that its query heads read. Added to `plan` are the results
-    of the projections that compute queries, keys and values, with the columns of each lane, and the K/V caches, with
-    the heads of each lane. If there is only one K/V head, keys, values and caches are not divided.
+    The tensors that the op reads are added to `plan`. Query heads are divided evenly. A lane has the K/V heads that its
+    query heads read. Added to `plan` are the results of the projections that compute queries, keys and values, with the
+    columns of each lane, and the K/V caches, with the heads of each lane. If there is only one K/V head, keys, values
+    and caches are not divided.
 
     plan: {name: columns or heads of each lane}; changed in place. Raises LayoutError if tp does not fit the number of
     heads, or if queries, keys or values are not computed from projections alone.

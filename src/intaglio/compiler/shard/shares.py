@@ -55,9 +55,10 @@ def joined(shares: Sequence[Share], lanes: int) -> list[Share]:
 
 
 def parts_within(parts: Sequence[Share], held: Share) -> list[int]:
-    """Indices of the parts that make up the share `held`, as a list; [] if `held` is not made up of whole parts.
+    """Find the parts that make up the share `held`. Returns a list of their indices.
 
-    parts: the columns of each part, as a Share. held: the columns that a rank has.
+    The list is [] if `held` is not made up of whole parts. parts: the columns of each part, as a Share. held: the
+    columns that a rank has.
     """
     columns = {i for r in held for i in r}
     found = [i for i, part in enumerate(parts) if all(c in columns for r in part for c in r)]
@@ -86,7 +87,7 @@ def keeps_whole(shares: Sequence[Share], group: int) -> bool:
 
 
 def is_partition(shares: Sequence[Share], width: int) -> bool:
-    """True if the lanes together have each of the columns 0 to width - 1, and each lane has one run of columns.
+    """True if the lanes (ranks) have one run of columns each and together columns 0 to width - 1.
 
     The runs must not overlap, but several lanes may have the same run. shares: for each lane (rank), its columns.
     """
@@ -96,7 +97,7 @@ def is_partition(shares: Sequence[Share], width: int) -> bool:
 
 
 def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
-    """The columns of tensor `base` that each lane (rank) has, derived from the columns of its views in `plan`.
+    """Derive each lane's (rank's) columns of tensor `base` from the columns of its views.
 
     Returns a list with a Share (tuple of ranges) for each lane. Returns None if `base` has no views, if the views do
     not cover `base` without gaps, or if a view is not in `plan`. plan: {name of a view: its columns on each lane}.
@@ -113,7 +114,7 @@ def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
 
 
 def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
-    """The lanes (ranks) that take part in an all_gather with lane number `lane`, as a tuple in order of their columns.
+    """The lanes (ranks) in the same all_gather as lane number `lane`, as a tuple ordered by columns.
 
     Together these lanes have every column exactly once. Several lanes may have the same columns, for example if K/V
     heads are copied. Then there are several groups: the first group has the first lane with each distinct share, the

@@ -84,10 +84,11 @@ def _scores(t: Trace, rec: Attention) -> Facts:
 
 
 def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
-    """The (sliding window, chunk) of an attention mask, in tokens; 0 for none.
+    """Find the sliding window and the chunk of an attention mask. Returns (window, chunk), in tokens.
 
-    seen: the mask, bool [queries, keys], True where a query sees a key. name: name of the attention module, for the
-    error. Raises Unmatched if the mask is neither causal, nor causal with a window or with chunks.
+    A number is 0 if the mask has none. seen: the mask, bool [queries, keys], True where a query sees a key. name: name
+    of the attention module, for the error. Raises Unmatched if the mask is neither causal, nor causal with a window or
+    with chunks.
     """
     n = len(seen)
     at, to = np.arange(n)[:, None], np.arange(n)[None]
@@ -213,7 +214,7 @@ def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
-    """The norm in `found` that norms each head separately and whose result is `x`; None if there is none.
+    """Find the per-head norm whose result is `x`. Returns None if no norm in `found` fits.
 
     x: queries or keys after rope, [heads, tokens, head_dim].
     """
@@ -221,7 +222,7 @@ def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
 
 
 def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
-    """The norm in `found` that reads the result `y` of a projection; None if no norm does.
+    """Find the norm that reads the result `y` of a projection. Returns None if no norm in `found` does.
 
     y: [tokens, heads, head_dim]. The norm may read it with heads before tokens.
     """
@@ -229,7 +230,7 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which a model multiplies queries in addition to rotating them; 1.0 if it only rotates them.
+    """The factor by which a model multiplies queries besides rotating them; 1.0 for no factor.
 
     Up to three factors are tried. The result is the first with which `before` times the factor is rotated to `after` in
     the same style as the keys, and in as many dimensions. It is None if no factor gives this.

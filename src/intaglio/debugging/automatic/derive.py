@@ -37,7 +37,9 @@ SHOWN = 4  # variants of the configuration whose logits are compared, besides th
 
 @dataclass(frozen=True)
 class AutoPort:
-    """The result of porting an architecture automatically: the source text of the port, and how far it is verified.
+    """The result of an automatic port of an architecture.
+
+    It has the source text of the port and says how far the port is verified.
 
     Attributes:
         architecture: name of the architecture in config.json.
@@ -109,10 +111,10 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A text for users that names the module that cannot be ported, and the op or field of Decoder nearest to it.
+    """An error text for users that names the module that cannot be ported.
 
-    architecture: name of the architecture in config.json. e: the error, which names the module, what is missing, and
-    the nearest op or field.
+    It also names the op or field of Decoder nearest to the module. architecture: name of the architecture in
+    config.json. e: the error, which names the module, what is missing, and the nearest op or field.
     """
     return (
         f"{architecture} is not ported: the module {e.module} has {e.missing}, for which no op or field of Decoder is "
@@ -334,10 +336,11 @@ def _stored(folder: Path, first: Variant) -> str:
 
 
 def _saved_correction(checkpoint: Checkpoint, m: Mapping[str, Any]) -> str:
-    """The name of the experts' correction bias in a checkpoint, without the names of the layer and the block before it.
+    """The name of the experts' correction bias in a checkpoint, relative to the layer's block.
 
-    "|v" is appended if the checkpoint stores the bias as a matrix [1, N]; it tells the port to read a vector. If no
-    tensor of the checkpoint has the last part of the name in transformers, the result is the name in transformers.
+    The names of the layer and the block before it are left out. "|v" is appended if the checkpoint stores the bias as a
+    matrix [1, N]; it tells the port to read a vector. If no tensor of the checkpoint has the last part of the name in
+    transformers, the result is the name in transformers.
 
     checkpoint: a checkpoint of the tiny model. m: properties of the mixture; "correction" is the name in transformers.
     """

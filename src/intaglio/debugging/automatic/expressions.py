@@ -46,7 +46,7 @@ class Variant:
 
 
 def value(expression: str, variant: Variant) -> Any:
-    """The value of an expression over config.json in one variant; MISSING if evaluating it raises an error.
+    """The value of an expression over config.json in one variant; MISSING if evaluation raises an error.
 
     expression: source text for a port file, over `c` (the Config) and the fields in NAMES. variant: a configuration of
     the tiny model.
@@ -60,7 +60,7 @@ def value(expression: str, variant: Variant) -> Any:
 
 
 def fits(expression: str, wanted: Sequence[Any], variants: Sequence[Variant]) -> bool:
-    """True if an expression over config.json gives the wanted value in every variant of the configuration.
+    """True if an expression over config.json gives the wanted value in every variant.
 
     expression: source text for a port file. wanted: the wanted value for each of `variants`.
     """
@@ -110,9 +110,9 @@ def _get(facts: Facts, field: str) -> Any:
 
 
 def candidates(wanted: Sequence[Any], variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield expressions over one or two keys of config.json, as source texts, that may give the values `wanted`.
+    """Yield expressions that may give the values `wanted`, as source texts.
 
-    wanted: the wanted value for each of `variants`.
+    An expression uses one or two keys of config.json. wanted: the wanted value for each of `variants`.
     """
     first, config = wanted[0], variants[0].config
     if isinstance(first, bool):

@@ -162,7 +162,7 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The array that the call `block` gets as its input: its first floating-point argument with the shape of `like`.
+    """The input array of the call `block`: its first floating-point argument with the shape of `like`.
 
     like: the residual. Raises Unmatched if there is no such argument.
     """

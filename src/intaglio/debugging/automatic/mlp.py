@@ -69,7 +69,9 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield a dict for each way in which traced linears may compute `inner`, the input of an MLP's down projection.
+    """Yield a dict for each way in which traced linears may compute `inner`.
+
+    `inner` is the input of an MLP's down projection, or of the norm before it. The dict's keys are:
 
     - gated: True if the MLP has a gate.
     - activation: name of the activation function.
@@ -78,8 +80,7 @@ def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
     - swapped: True if up comes before gate in this linear; the key exists only if `fused` is True.
     - up_bias: True if the linear has a bias.
 
-    readers: traced linears that read the MLP's input. inner: the input of the down projection, or of the norm before
-    it.
+    readers: traced linears that read the MLP's input.
     """
     y = inner.reshape(len(readers[0].y), -1)
     for act in ACTIVATIONS:

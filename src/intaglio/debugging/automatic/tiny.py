@@ -41,9 +41,10 @@ LARGEST = 5_000_000  # parameters of a tiny model
 
 
 def parameters(make: Any, config: Any) -> int:
-    """Return the number of parameters of the model make(config); 0 if it cannot be built on torch's meta device.
+    """Return the number of parameters of the model make(config); 0 if it cannot be built.
 
-    `make` is a function that builds a transformers model. `config` is a transformers config object.
+    The model is built on torch's meta device. `make` is a function that builds a transformers model. `config` is a
+    transformers config object.
     """
     import torch
 

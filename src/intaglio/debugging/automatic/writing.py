@@ -89,7 +89,7 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """Return the first Variant in which one changed config key changes the value `name`; None if there is none.
+    """Return the first Variant whose only changed config key changes the value `name`; None if there is none.
 
     This variant has exactly one changed config key, and its value of `name` differs from the value in variants[0].
 
@@ -160,7 +160,9 @@ def write_port(
 
 
 def _by_layer(candidates: Sequence[str], wanted: list[list[Any]], variants: Sequence[Variant]) -> str | None:
-    """Return the first expression in `candidates` that gives each layer's value in every variant; None if none does.
+    """Return the first expression in `candidates` that fits all layers of all variants; None if none does.
+
+    An expression fits a layer if it gives the layer's value in `wanted`.
 
     Args:
         candidates: source texts of expressions over `c` (the configuration), `i` (the layer's number) and `kind` (the

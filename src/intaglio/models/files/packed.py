@@ -235,9 +235,9 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 
 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
-    """Returns the number of consecutive columns that share a scale, an int; -1 if each row has a single scale.
+    """Returns the number of columns that share a scale, an int; -1 if each row has a single scale.
 
-    The columns that share a scale are a group. The number of columns in a group is found in this order:
+    Consecutive columns that share a scale are a group. The number of columns in a group is found in this order:
 
     1. group_size of the config, if the file has as many scales in a row as this number makes groups.
     2. The size of the largest group in the tensor g_idx, if the file has this tensor.

@@ -68,9 +68,9 @@ def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, 
 
 
 def method_of(q: Settings, where: str) -> str:
-    """Returns the quantisation method that settings name: one of METHODS, or "modelopt"; "" if nothing is quantised.
+    """Returns the name of a checkpoint's quantisation method; "" if nothing is quantised.
 
-    Raises PortError for any other method.
+    The name is one of METHODS, or "modelopt". Raises PortError for any other method.
 
     q: the quantisation settings. where: file and key of the settings, for the error.
     """

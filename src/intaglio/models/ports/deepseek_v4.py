@@ -104,7 +104,10 @@ def layer_types(c: Config) -> list[str]:
 
 
 def mlp_types(c: Config) -> list[str]:
-    """Returns a list with "hash_moe" or "moe" for each layer: whether token ids or scores choose its experts.
+    """Returns a list with the MLP type of each layer: "hash_moe" or "moe".
+
+    - hash_moe: a token's id chooses its experts.
+    - moe: scores choose the experts.
 
     The config's key mlp_layer_types has this list. Older files have num_hash_layers, 3 by default: the number of first
     layers with "hash_moe". Raises PortError for another type, and for a list whose length is not num_hidden_layers.

@@ -14,7 +14,7 @@ OTHER_PART = "a part of the model that is not ported"  # why a tensor of another
 
 @dataclass(frozen=True)
 class Family:
-    """A port: how one architecture is read from its config.json and turned into a Decoder (model description).
+    """A port: turns the config.json of one architecture into a Decoder (model description).
 
     Attributes:
         architecture: the architecture's name in config.json.

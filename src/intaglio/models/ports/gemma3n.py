@@ -95,7 +95,10 @@ def _listed(c: Config, key: str, n: int, usual: Any = None) -> list[Any]:
 
 
 def cache_owners(c: Config, kinds: Sequence[str]) -> list[int | None]:
-    """Returns a list that says for each layer whose K/V cache it reads: index of an earlier layer; None: its own cache.
+    """Returns a list with one entry for each layer: the layer whose K/V cache it reads.
+
+    - The index of an earlier layer: the cache of that layer.
+    - None: the layer's own cache.
 
     The last num_kv_shared_layers layers have no K/V cache of their own. Each reads the cache of the last layer before
     them with the same attention type. If such a layer has tensors for keys and values, these tensors are ignored, as in

@@ -76,9 +76,10 @@ def gemma4(c: Config, context: int) -> Decoder:
 
 
 def with_experts(c: Config, d: Decoder) -> Decoder:
-    """Returns a copy of the Decoder `d` in which each layer has experts beside its dense MLP, for Gemma 4.
+    """Returns a copy of the Decoder `d` with experts added to each layer, for Gemma 4.
 
-    Raises PortError for missing or wrong settings of the experts in the config `c`.
+    A Decoder is a model description. The layers keep their dense MLP. Raises PortError for missing or wrong settings of
+    the experts in the config `c`.
     """
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("top_k_experts"), width=c.whole("moe_intermediate_size"),

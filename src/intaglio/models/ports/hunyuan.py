@@ -44,9 +44,10 @@ def dense(c: Config, context: int) -> Decoder:
 
 
 def same(c: Config, key: str) -> int:
-    """Returns the integer value of a config key whose value may also be a list of equal integers, one for each layer.
+    """Returns the value of a config key, one integer for all layers.
 
-    A list in `c` is replaced by the single value. Raises PortError if the values of the list differ.
+    The config may have a list instead, with one integer for each layer. Then the list in `c` is replaced by the single
+    value. Raises PortError if the values of the list differ.
     """
     value = c.get(key)
     if isinstance(value, list):

@@ -98,7 +98,7 @@ def routed(c: Config) -> Mixture:
 
 
 def kinds(net: Mapping[str, object], n: int) -> list[str]:
-    """Returns a list with the attention type of each layer, "full_attention" or "linear_attention".
+    """Returns a list with the attention type of each layer: "full_attention" or "linear_attention".
 
     full_attn_layers and kda_layers of `net` list the layers of the two types, by numbers that count from 1. If either
     list is missing, layers 5, 9, 13 and so on have full attention and all others have linear attention, as in

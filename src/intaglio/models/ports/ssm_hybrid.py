@@ -22,9 +22,10 @@ KINDS = {
 
 
 def kinds(c: Config, found: Sequence[str]) -> list[str]:
-    """Returns a list with the type of each layer, in the names that the ports of this file use (values of KINDS).
+    """Returns a list with the type of each layer, one of the values of KINDS.
 
-    Raises PortError for an unknown type, or if `found` does not have num_hidden_layers items.
+    Older names of the types are replaced by these. Raises PortError for an unknown type, or if `found` does not have
+    num_hidden_layers items.
 
     c: the config. found: the types that the config lists, which may have older names.
     """

@@ -117,7 +117,10 @@ def zamba(c: Config, context: int) -> Decoder:
 
 
 def block_kinds(c: Config, usual: list[str]) -> list[str]:
-    """Returns a list with the type of each layer: "linear_attention" (only Mamba) or "hybrid" (also a shared block).
+    """Returns a list with the type of each layer: "linear_attention" or "hybrid".
+
+    - linear_attention: the layer is a Mamba block.
+    - hybrid: the layer has a Mamba block and also runs a shared block.
 
     Raises PortError for another type, or if the list does not have num_hidden_layers items.
 

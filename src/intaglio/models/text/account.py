@@ -65,10 +65,11 @@ OWN_WAY = "a way of generating that is transformers' own; requests say how their
 
 
 def judge_tokenizer(path: Path) -> list[Fate]:
-    """Returns a list of Fates: for each key of a folder's tokenizer files, whether it was used or ignored, and why.
+    """Returns a list with a Fate for each key of a folder's tokenizer files.
 
-    generation_config.json counts as a tokenizer file. Each chat template that is a file of its own has a Fate, too.
-    Raises CheckpointError for a file that is not JSON, and for an eos_token_id that is neither an id nor a list of ids.
+    A Fate says whether the key was used or ignored, and why. generation_config.json counts as a tokenizer file. Each
+    chat template that is a file of its own has a Fate, too. Raises CheckpointError for a file that is not JSON, and for
+    an eos_token_id that is neither an id nor a list of ids.
 
     path: the checkpoint's folder.
     """
@@ -124,7 +125,7 @@ def _judge_generation(file: str, key: str, value: Any) -> Fate:
 
 
 def _templates(path: Path) -> Iterator[Fate]:
-    """Yield a Fate with the fate "used" for each chat template that is a file of its own.
+    """Yield a Fate for each chat template that is a file of its own. All say that the file was used.
 
     path: the checkpoint's folder.
     """

@@ -247,10 +247,10 @@ def _texts(path: Path, tokens: Any) -> list[str]:
 
 
 def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[dict[int, tokenizers.AddedToken], str]:
-    """Returns the added tokens that a folder's files list: ({id: added token}, name of the file that lists the tokens).
+    """Returns a folder's added tokens and the name of the file that lists them.
 
-    The file is tokenizer_config.json if it has the key added_tokens_decoder, else added_tokens.json. If
-    added_tokens.json is missing, the result is ({}, "added_tokens.json").
+    The tokens are a dict {id: added token}. The file is tokenizer_config.json if it has the key added_tokens_decoder,
+    else added_tokens.json. If added_tokens.json is missing, the result is ({}, "added_tokens.json").
 
     Args:
         path: the folder.

@@ -86,10 +86,11 @@ class Grammars:
 
 
 def _brief(report: str) -> str:
-    """Returns the first line of llguidance's error report, then its line that begins with `error:` if there is one.
+    """Returns a short form of llguidance's error report, on one line.
 
-    The other lines show the library's state and are left out. The result has at most LONGEST characters; the first line
-    is cut if necessary.
+    It consists of the report's first line and, if there is one, the line that begins with `error:`. The other lines
+    show the library's state and are left out. The result has at most LONGEST characters; the first line is cut if
+    necessary.
     """
     first, *more = report.strip().splitlines() or [""]
     reason = next((f" {line}" for line in more if line.startswith("error:")), "")[:LONGEST]

@@ -209,7 +209,7 @@ def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenize
 
 
 def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Make the tokenizer `inner` put bos before each text and eos after it, if the config asks for that.
+    """Make the tokenizer `inner` put bos before each text, eos after it, or both, as the config asks.
 
     Returns nothing.
 

@@ -33,10 +33,10 @@ HELD = 16  # ids held back at most: a character has 4 bytes, so that many withou
 class Stream:
     """Streaming decoder: turns the tokens of one sequence into text while they arrive.
 
-    push(token) returns the new text that later tokens cannot change; end() returns the rest. A token's text may depend
-    on its neighbours, so each call decodes the last few tokens with and without the new token and returns the
-    difference. Text that ends inside a character is held back. `hidden`: ids of tokens that leave no text; None: all
-    special tokens.
+    push(token) adds a token and returns the new text that later tokens cannot change. end() returns the rest. A token's
+    text may depend on its neighbours, so each call decodes the last few tokens with and without the new token and
+    returns the difference. Text that ends inside a character is held back. `hidden`: ids of tokens that leave no text;
+    None: all special tokens.
     """
 
     tokenizer: Tokenizer
@@ -218,10 +218,11 @@ class Tokenizer:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """True if a checkpoint has a tokenizer: tokenizer.json or tokenizer.model in its folder, or one in its GGUF file.
+    """True if a checkpoint has a tokenizer.
 
-    A GGUF file is read only if the folder has neither file. Then TokenizerError is raised if the GGUF file or its
-    tokenizer cannot be read, if a part of a split file is missing, or if there are several GGUF models.
+    This is tokenizer.json or tokenizer.model in the checkpoint's folder, or a tokenizer in its GGUF file. A GGUF file
+    is read only if the folder has neither file. Then TokenizerError is raised if the GGUF file or its tokenizer cannot
+    be read, if a part of a split file is missing, or if there are several GGUF models.
 
     path: the folder or GGUF file.
     """

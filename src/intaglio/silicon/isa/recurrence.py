@@ -14,7 +14,9 @@ from intaglio.silicon.memory import CoreMemory, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Scan(Instruction, engine="VEC", opcode=0x4E):
-    """Advance a state h over the rows of x: for each row i in order, h = exp(decay[i]) * h + x[i], and dst[i] = h.
+    """Compute a linear recurrence over the rows of x: a state h decays, and each row of x is added to it.
+
+    For each row i in order, h = exp(decay[i]) * h + x[i], and then dst[i] = h.
 
     dst, decay, x f32 [m, n]; h f32 [1, n], with one value for each column. If `normalised` is set, each x[i] is first
     multiplied by sqrt(1 - exp(2 * decay[i])); if `first` is set too, x[0] is not multiplied. Each row is computed in

@@ -39,7 +39,9 @@ class Moment(Instruction, engine="VEC", opcode=0x4B):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(Instruction, engine="VEC", opcode=0x4C):
-    """Make square matrices doubly stochastic: all rows and all columns then sum to about 1 (Sinkhorn & Knopp 1967).
+    """Make the rows and the columns of square matrices each sum to about 1 (Sinkhorn & Knopp 1967).
+
+    Such matrices are called doubly stochastic.
 
     x, dst f32 [m, n * n]: each row of x is an n x n matrix, and the same row of dst is its result. First, softmax is
     applied to each row of the matrix and eps is added; then each column is divided by its sum + eps. After this,

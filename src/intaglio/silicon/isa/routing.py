@@ -108,11 +108,12 @@ class TopK(Instruction, engine="VEC", opcode=0x3D):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMix(Instruction, engine="VEC", opcode=0x3E):
-    """Choose k experts and their weights for each row by SparseMixer, from the logits x f32 [m, n].
+    """Choose k experts and their weights for each row of logits, by the routing method SparseMixer.
 
-    ids i32 [m, k] are the chosen experts, and weights f32 [m, k] their weights. The experts of a row are chosen one
-    after the other: each time, the remaining expert with the largest logit (call it M) is chosen. Its weight is its
-    softmax over those remaining experts whose logit l is close to M: (M - l) / max(|l|, M) <= 2 * jitter.
+    x f32 [m, n] are the logits of n experts. ids i32 [m, k] are the chosen experts, and weights f32 [m, k] their
+    weights. The experts of a row are chosen one after the other: each time, the remaining expert with the largest logit
+    (call it M) is chosen. Its weight is its softmax over those remaining experts whose logit l is close to M: (M - l) /
+    max(|l|, M) <= 2 * jitter.
     """
 
     ids: Region
@@ -215,7 +216,9 @@ class Group(Instruction, engine="VEC", opcode=0x49):
 
 @dataclass(frozen=True, kw_only=True)
 class Combine(Instruction, engine="VEC", opcode=0x4A):
-    """Sum the experts' results of each token: dst[i] = residual[i] + sum over j of parts[i * top + j] * weights[i, j].
+    """Compute the weighted sum of the experts' results of each token.
+
+    dst[i] = residual[i] + sum over j of parts[i * top + j] * weights[i, j]. `parts` are the experts' results.
 
     parts f32 [m * top, n], weights f32 [m, top], residual f32 [m, n], dst [m, n]. Weights that are not given count as
     1, a residual that is not given counts as 0. Products are rounded to FP32. They are summed in FP64, j ascending, and

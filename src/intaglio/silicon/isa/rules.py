@@ -19,7 +19,10 @@ def refusal(i: Instruction, target: Target) -> str:
 
 
 def missing_on(chip: ChipSpec, cls: type[Instruction]) -> str:
-    """Returns an error text that says why a chip does not have an instruction; "" if the chip has it."""
+    """Returns an error text if a chip does not have an instruction, else "".
+
+    The text says why the chip does not have it. cls: class of the instruction.
+    """
     if cls.engine == "ATT" and not chip.att_lanes:
         return f"{chip.name} has no fused attention engine (att_lanes=0)"
     if cls.engine == "NET" and chip.links.max_chips < 2:

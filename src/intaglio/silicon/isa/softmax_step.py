@@ -22,11 +22,11 @@ PASS_OPS = 2  # operations a score, of Softmax's 5: scale and mask in one on the
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
-    """Do the work of Softmax and Rescale in one pass over the scores of a tile of keys.
+    """Do the work of the instructions Softmax and Rescale in one, for the scores of one tile of keys.
 
-    p, m and l are the results that Softmax computes. The accumulators `sums` f32 [q, dv] hold the sums of weighted
-    values so far. Each row of `sums` is multiplied by exp(old m - new m), the factor that Softmax calls alpha. The
-    other fields have the same meaning as in Softmax.
+    It makes one pass over the scores. p, m and l are the results that Softmax computes. The accumulators `sums`
+    f32 [q, dv] hold the sums of weighted values so far. Each row of `sums` is multiplied by exp(old m - new m), the
+    factor that Softmax calls alpha. The other fields have the same meaning as in Softmax.
     """
 
     p: Region

@@ -58,7 +58,7 @@ class Load(Instruction, engine="DMA", opcode=0x10):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Instruction, engine="DMA", opcode=0x11):
-    """Load rows of a table in HBM by their numbers: row i of dst = row index[0, i] of `table`.
+    """Load rows of a table in HBM by row number: dst[i] = table[index[0, i]].
 
     dst [m, n], table [rows, n], index i32 [1, m]. Kernels use it to read embeddings and K/V slots. Raises MachineError
     for an index outside 0 .. rows - 1.
@@ -122,7 +122,7 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Instruction, engine="OUT", opcode=0x19):
-    """Store rows into a table in HBM by their numbers: row index[0, i] of `table` = row i of src.
+    """Store rows into a table in HBM by row number: table[index[0, i]] = src[i].
 
     src [m, n], table [rows, n], index i32 [1, m]. Kernels use it to write new keys and values into their K/V slots.
     Each row takes at least `row_cycles` cycles, the time in which a kernel's threads compute the row's address. Raises

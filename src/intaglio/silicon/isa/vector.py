@@ -43,10 +43,11 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Instruction, engine="VEC", opcode=0x32):
-    """Quantise each row of x f32 [m, k] with one scale, so that codes * scale is about x.
+    """Quantise each row of x with a scale of its own, so that codes * scale is about x.
 
-    codes [m, k] in e4m3 or int8, scale f32 [m, 1]. The scale of a row is its largest |x|, divided by 448 for e4m3 and
-    by 127 for int8. If `for_cache` is set, int8 scales are rounded to bf16; the K/V cache format int8row requires this.
+    x f32 [m, k], codes [m, k] in e4m3 or int8, scale f32 [m, 1]. The scale of a row is its largest |x|, divided by 448
+    for e4m3 and by 127 for int8. If `for_cache` is set, int8 scales are rounded to bf16; the K/V cache format int8row
+    requires this.
     """
 
     codes: Region
@@ -75,9 +76,11 @@ class Quantise(Instruction, engine="VEC", opcode=0x32):
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantise(Instruction, engine="VEC", opcode=0x36):
-    """Multiply quantised values by their scales: dst[i, j] = codes[i, j] * scales[i, j // group].
+    """Dequantise: multiply quantised values by their scales.
 
-    dst f32 [m, k], codes [m, k], scales [m, ceil(k / group)]: `group` neighbouring columns of a row share a scale.
+    dst[i, j] = codes[i, j] * scales[i, j // group]: `group` neighbouring columns of a row share a scale.
+
+    dst f32 [m, k], codes [m, k], scales [m, ceil(k / group)].
     """
 
     dst: Region
@@ -165,7 +168,9 @@ class Map(Instruction, engine="VEC", opcode=0x33):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Instruction, engine="VEC", opcode=0x34):
-    """Normalise rows, or groups of columns: dst = normalised(x) * (weight + offset) + bias + residual.
+    """Normalise each row of x, or each group of columns in each row.
+
+    dst = normalised(x) * (weight + offset) + bias + residual.
 
     x, dst, residual f32 [m, n]; weight, bias [1, span]. Each row consists of n / span groups of `span` neighbouring
     columns. Each group is normalised by itself. The field `norm` selects how:
@@ -214,10 +219,11 @@ class Norm(Instruction, engine="VEC", opcode=0x34):
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Instruction, engine="VEC", opcode=0x35):
-    """Rotate pairs of columns of each head of x by position * frequency (rotary position embedding).
+    """Apply rotary position embedding: rotate pairs of columns of each head of x.
 
-    x, dst f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. A pair (u, v) in row i becomes
-    factor * (u * cos t - v * sin t, v * cos t + u * sin t), where t = positions[0, i] * the frequency of the pair.
+    x, dst f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. The angle of a pair in row i is
+    t = positions[0, i] * the frequency of the pair. A pair (u, v) becomes factor * (u * cos t - v * sin t, v * cos t +
+    u * sin t).
 
     The first 2 * pairs columns of each head are rotated. If `trailing` is set, the last 2 * pairs columns are rotated
     instead. The other columns are copied. With style "half", column j of the rotated columns is paired with column j +

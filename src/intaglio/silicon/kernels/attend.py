@@ -84,11 +84,11 @@ class AttendKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
-        """Returns a list of Streams (instruction sequences), one for each core with work, that complete the attention.
+        """Returns the Streams (instruction sequences) of the op's last launch: a list with one for each core with work.
 
         The attention takes up to three launches, in this order: sequences with several new tokens; sequences with one
         new token; the merge of contexts that were split. This method executes all launches but the last in `mem`
-        itself. The caller must run the returned Streams, which are the last launch.
+        itself. The caller must run the returned Streams, which complete the attention.
         """
         h, on = cls.of(op, t).heads, mem.target.with_library(activation_bytes=WIDE)
         if op.chosen:
@@ -170,16 +170,17 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
-    """Returns the number of unmasked (query, key) pairs of one head, for the last `q` of `keys` tokens as queries.
+    """Returns the number of (query, key) pairs of one head that are not masked.
 
-    window: number of latest keys that a query sees; 0: it sees all keys up to its own position.
+    q: number of queries; they are the last `q` of the `keys` tokens. window: number of latest keys that a query sees;
+    0: it sees all keys up to its own position.
     """
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window or keys).sum())
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a core: queries of one sequence, for some heads, and the keys that these queries attend to.
+    """One job of a core: attention of some queries of one sequence to a range of keys, for some heads.
 
     Attributes:
         s: number of the sequence in the batch.
@@ -239,11 +240,13 @@ def attend_streams(
     mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job],
     parts: dict[tuple[int, int, int], tuple[Region, ...]] | None = None,
 ) -> list[Stream]:  # fmt: skip
-    """Returns a list of Streams (instruction sequences), one for each core with work, that compute `jobs`.
+    """Returns a list of Streams (instruction sequences) that compute `jobs`: one for each core with work.
 
-    on: the target for which `plan` was made; see Target.kernel(). parts: None if the jobs store their results in the
-    op's output. If contexts are split, a dict from (sequence, head, number of the part) to three regions of HBM: the
-    job stores its sums, maxima and denominators there, from which the results are computed later.
+    on: the target for which `plan` was made; see Target.kernel(). parts: where the jobs store their results:
+
+    - None: in the op's output.
+    - a dict from (sequence, head, number of the part) to three regions of HBM, if contexts are split: a job stores its
+      sums, maxima and denominators in these regions. The results are computed from them later.
     """
     q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
     single = all(batch.q_len[j.s] == 1 for j in jobs)

@@ -102,7 +102,9 @@ class _Core:
 
 
 class _Loop:
-    """Simulates the loop of all cores over their jobs, transfer by transfer, to find its duration.
+    """Simulation that finds the duration of the loop in which all cores work through their jobs.
+
+    It proceeds transfer by transfer.
 
     target: chip and kernel library. h: heads and their sizes. plan: tiles and buffers of the kernel. jobs: all jobs of
     the launch. single: True if each sequence has one new token.

@@ -266,11 +266,16 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
 
 
 def decode_jobs(plan: AttendPlan, keys: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns three arrays about the jobs of sequences with one new token, with one item for each kind of job.
+    """Returns three arrays with one item for each kind of job of the sequences with one new token.
 
-    The arrays are: the number of key tiles that one job reads; the number of keys that one job reads; the number of
-    jobs of this kind. A context is cut into parts with equal numbers of tiles; the last part has the remaining tiles,
-    so that its job is a kind of its own.
+    The arrays are:
+
+    - the number of key tiles that one job reads;
+    - the number of keys that one job reads;
+    - the number of jobs of this kind.
+
+    A context is cut into parts with equal numbers of tiles, and each part is a job. The last part has the remaining
+    tiles, so that its job is a kind of its own.
 
     keys: the distinct numbers of keys to which tiles of queries attend. n: for each item of `keys`, the number of query
     tiles that attend to this many keys.

@@ -31,7 +31,9 @@ from intaglio.silicon.timing import Timing
 
 @dataclass(frozen=True)
 class PooledJob:
-    """One job of a core: attention of one token, for some query heads, to its window of keys and to pooled entries.
+    """One job of a core: attention of one token for some query heads.
+
+    The token attends to its window of keys and to pooled entries.
 
     Attributes:
         sequence: number of the token's sequence.
@@ -124,7 +126,7 @@ class AttendPooledKernel(WorkKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: AttendPooled, t: Tensors, batch: Batch) -> list[Stream]:
-        """Returns a list of Streams (instruction sequences), one for each core with work, that compute the op.
+        """Returns a list of Streams (instruction sequences) that compute the op: one for each core with work.
 
         Raises MachineError if the op has lists of chosen entries and the cache's block size is not a multiple of
         op.every tokens.

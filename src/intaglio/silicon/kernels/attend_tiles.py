@@ -126,13 +126,16 @@ class TileSeconds:
 
     @property
     def work(self) -> float:
-        """Seconds for one tile of queries with one tile of keys: scores + softmax + sums, one after the other."""
+        """Seconds to process one tile of queries with one tile of keys.
+
+        This is the sum of scores, softmax and sums, which run one after the other.
+        """
         return self.scores + self.softmax + self.sums
 
 
 @lru_cache(maxsize=16384)
 def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
-    """Returns the modelled seconds of each phase of an attention job (scores, softmax, sums ...), as a TileSeconds.
+    """Returns the modelled seconds of each phase of an attention job, such as scores and softmax.
 
     rows: query rows of a tile. keys: keys of a tile. Results are cached.
     """
@@ -197,9 +200,9 @@ def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
-    """Returns the number of keys that a kernel reads for the one query of a sequence with `keys` keys.
+    """Returns the number of keys that a kernel reads for a sequence with one query.
 
-    window: number of latest keys that the query sees; 0: it sees all keys. If there is a window, the kernel reads at
-    least library.window_min_keys keys, or all keys of a sequence that has fewer.
+    keys: number of keys of the sequence. window: number of latest keys that the query sees; 0: it sees all keys. If
+    there is a window, the kernel reads at least library.window_min_keys keys, or all keys of a sequence that has fewer.
     """
     return min(keys, max(window, library.window_min_keys)) if window else keys

@@ -28,9 +28,10 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class QuantisedRegion:
-    """A quantised matrix in HBM: its codes [N, K], and its scales in two copies, [N, G] and transposed [G, N].
+    """A quantised matrix in HBM: its codes and its scales.
 
-    `group` neighbouring columns of a row of codes share one scale, so G = K / group.
+    The codes are [N, K]. The scales are stored in two copies: [N, G] and transposed [G, N]. `group` neighbouring
+    columns of a row of codes share one scale, so G = K / group.
     """
 
     codes: Region
@@ -107,7 +108,7 @@ class ChipMemory:
         return region
 
     def codes(self, name: str) -> Region:
-        """Returns the HBM region of the tensor `name`: its codes if it is quantised, else its values."""
+        """Returns the HBM region with the values of the tensor `name`, or with its codes if it is quantised."""
         return codes_of(self.regions[name])
 
     def scales(self, name: str) -> Region | None:
@@ -119,7 +120,7 @@ class ChipMemory:
         return region.scales if isinstance(region, QuantisedRegion) else None
 
     def optional_region(self, name: str | None) -> Region | None:
-        """Returns the HBM region of the tensor `name`, which must not be quantised; None if `name` is None.
+        """Returns the HBM region of the tensor `name`, or None if `name` is None.
 
         `name` is None for an optional operand that the op does not have. Raises MachineError if the tensor is
         quantised.

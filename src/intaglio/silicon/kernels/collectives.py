@@ -136,9 +136,9 @@ class Network:
 
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
-    """Returns how many of a chip's real links are modelled together as one link with the sum of their bandwidths.
+    """Returns the number of a chip's real links that the time model treats as one link.
 
-    The number depends on the topology:
+    This one link has the sum of their bandwidths. The number depends on the topology:
 
     - switch, pcie_tree: all links of the chip.
     - k44 (two halves of the group; each chip is linked to all chips of the other half): 1.
@@ -158,9 +158,10 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def host_share(chip: ChipSpec, chips: int) -> float:
-    """Returns the fraction of a chip's link bandwidth that it gets while all `chips` chips of a group send; at most 1.
+    """Returns the fraction of its link bandwidth that a chip gets while all chips of a group send.
 
-    It is below 1 only on a pcie_tree with fewer links to the host (chip.links.host_links) than chips.
+    It is 1, except on a pcie_tree with fewer links to the host (chip.links.host_links) than chips: there it is less.
+    chips: number of chips of the group.
     """
     return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
@@ -350,7 +351,10 @@ def switch_speedup(chips: int) -> float:
 
 
 def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
-    """Returns the bytes/s at which one chip can send, over all its links, to the other chips of a group of `chips`."""
+    """Returns the bytes/s that one chip can send to the other chips of its group, over all its links together.
+
+    chips: number of chips of the group.
+    """
     peers = {"k44": max(1, chips // 2), "mesh": chips - 1}.get(chip.links.topology, 1)
     return peers * links_used(chip, "all_reduce", chips) * chip.links.bytes_per_s * host_share(chip, chips)
 

@@ -259,10 +259,11 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 
 
 def expert_kernel(target: Target, x_format: str, w_format: str, name: str = "") -> Target:
-    """Returns a copy of `target` whose library describes only one kernel: that for experts in these number formats.
+    """Returns a Target for one kernel of the library: the one for experts in the given number formats.
 
-    A library may list kernels that differ from its own fields (library.kernels). If it lists none, the result is
-    `target` itself. Raises ChipError if the library lists kernels, but none called `name`.
+    A library may list kernels that differ from its own fields (library.kernels). The result is a copy of `target` whose
+    library describes only the one kernel. If the library lists no kernels, the result is `target` itself. Raises
+    ChipError if the library lists kernels, but none called `name`.
 
     x_format: number format of x. w_format: number format of the weights. name: name of the kernel; "": the library's
     default kernel for the wider of the two formats.
@@ -354,7 +355,7 @@ def grouped_timing(
 def combine_loop(
     target: Target, tokens: int, top: int, columns: int, residual: bool, value_bytes: float
 ) -> tuple[TileLoop, int]:
-    """Returns (TileLoop, columns of a job): a time model of the kernel that sums the experts' results of each token.
+    """Returns a time model of the kernel that sums the experts' results of each token: (TileLoop, columns of a job).
 
     A job of the TileLoop is one token and some of its columns. The second value is the largest number of columns of a
     job.
@@ -380,9 +381,9 @@ def experts_parts(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> dict[str, Timing]:  # fmt: skip
-    """Returns a dict {label: Timing} with the modelled time of each launch of a layer of routed experts on one rank.
+    """Returns a dict {label: Timing} with the modelled time of each launch of a layer of routed experts.
 
-    The labels, in this order, are:
+    These are the launches on one rank. The labels, in this order, are:
 
     - ROUTING: the router and the sort of rows;
     - ROUNDING: the launches that round x and the inner rows, added up;

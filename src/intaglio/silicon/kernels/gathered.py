@@ -81,7 +81,7 @@ class GatherPlan:
 
 @dataclass(frozen=True)
 class GatherJob:
-    """One job of the attention kernel, described for its time model: one token and some of its query heads.
+    """One attention job, described for the time model: one token and some of its query heads.
 
     Attributes:
         place: name under which the L2 model knows the job's queries and results.

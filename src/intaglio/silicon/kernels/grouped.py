@@ -68,14 +68,15 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 
 
 def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Callable[[StreamBuilder, int], RowReader]:
-    """Returns a function `reader`, with which rounded() loads rows of x in an order sorted by expert.
+    """Returns a function that makes readers. A reader loads rows of x in an order sorted by expert.
 
-    reader(builder, step) takes the StreamBuilder of a core and the largest number of rows of a tile. It returns a
-    function read(tile, rows, columns), which emits the load of a part of x into `tile` and returns the filled region of
-    `tile`. `rows` is a slice of the sorted rows, `columns` a slice of the columns of x. If op.scale_input is set,
-    read() also multiplies each row by its routing weight.
+    The returned function is called as make(builder, step), with the StreamBuilder of a core and the largest number of
+    rows of a tile. It returns a reader: a function read(tile, rows, columns), which emits the load of a part of x into
+    `tile` and returns the filled region of `tile`. `rows` is a slice of the sorted rows, `columns` a slice of the
+    columns of x. If op.scale_input is set, read() also multiplies each row by its routing weight.
 
-    order, tokens: the first two regions that sort_by_expert() writes.
+    The function that makes readers is the argument `reader` of tiled.rounded(). order, tokens: the first two regions
+    that sort_by_expert() writes.
     """
     x, weights = mem.region(op.x), mem.region(op.weights).shaped(order.cols, 1)
 
@@ -99,7 +100,7 @@ def by_expert(mem: ChipMemory, op: Experts, order: Region, tokens: Region) -> Ca
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """A grouped product, cut into tiles: for each expert, its rows of x times its weights.
+    """A grouped matrix product, cut into tiles: each expert's rows of x times the expert's weights.
 
     Attributes:
         codes: the rows of x, sorted by expert and rounded to the format in which they are multiplied.
@@ -142,7 +143,7 @@ def grouped_product(
 
 
 def expert_jobs(counts: Sequence[int], n: int, steps: Sequence[slice], cut: Tiling) -> list[Job]:
-    """Returns a list of Jobs, one for each tile of each expert's product, one expert after the other.
+    """Returns a list with one Job for each tile of each expert's product, sorted by expert.
 
     The `index` of a Job is the number of its expert. Experts without rows have no Jobs.
 
@@ -196,9 +197,9 @@ Bias = tuple[Region, Region] | None  # [experts, n] in HBM, and a tile for part 
 
 
 def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], columns: int) -> list[Bias]:
-    """Returns a list with one item for each name in `names`: (the bias's HBM region, a new SRAM tile [1, columns]).
+    """Returns a list with one pair for each name: (the bias's HBM region, a new SRAM tile [1, columns]).
 
-    The item is None where the name is None: there is no bias.
+    If a name is None, there is no bias, and the item is None instead of a pair.
     """
     return [(r, k.tile(1, columns, r.format)) if r else None for r in map(mem.optional_region, names)]
 
@@ -212,7 +213,7 @@ def bias_of(k: StreamBuilder, bias: Bias, e: int, columns: slice) -> Region | No
 
 
 def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) -> list[Stream]:
-    """Returns a list of Streams, one for each core with work, that compute act(gate(x)) * up(x) into `out`.
+    """Returns a list of Streams that compute act(gate(x)) * up(x) into `out`: one for each core with work.
 
     Without a gate (op.gate is None) they compute act(up(x)). Each row of x is multiplied by the weights of its expert.
 
@@ -240,7 +241,7 @@ def gate_up(mem: ChipMemory, op: Experts, product: GroupedProduct, out: Region) 
 
 
 def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, out: Region) -> list[Stream]:
-    """Returns a list of Streams, one for each core with work, that multiply each row by the down weights of its expert.
+    """Returns a list of Streams that multiply each row by its expert's down weights: one for each core with work.
 
     Args:
         mem: the chip's memory.
@@ -268,7 +269,7 @@ def down(mem: ChipMemory, op: Experts, product: GroupedProduct, order: Region, o
 
 
 def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """Returns a list of Streams that set some rows of `out` to zero: the rows of experts that other chips hold.
+    """Returns a list of Streams that set those rows of `out` to zero whose experts are on other chips.
 
     rows: region [1, n] with the numbers of these rows. The list is empty if n is 0.
     """
@@ -285,10 +286,10 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 
 
 def combine(mem: ChipMemory, op: Experts, parts: Region, width: int, depth: int) -> list[Stream]:
-    """Returns a list of Streams that compute the result of each token: the weighted sum of its experts' results.
+    """Returns a list of Streams that compute the weighted sum of the experts' results of each token.
 
-    The weights are the routing weights. If op.scale_input is set, the sum has no weights, since the experts' inputs
-    were multiplied by them. If op.residual is set, the residual is added.
+    It is the op's result for the token. The weights are the routing weights. If op.scale_input is set, the sum has no
+    weights, since the experts' inputs were multiplied by them. If op.residual is set, the residual is added.
 
     Args:
         mem: the chip's memory.

@@ -36,7 +36,7 @@ COPY = "copy"  # label of the launch that copies columns
 @chip_kernel(HeadLinear)
 @dataclass(frozen=True)
 class HeadLinearKernel(ChipKernel):
-    """Chip kernel of the op `head_linear`: each head of x is multiplied by a matrix of its own.
+    """Chip kernel of the op `head_linear`, which multiplies each head of x by the head's own matrix.
 
     time() assumes that x is multiplied in bf16, or in FP32 if the activations of the target's kernel library have four
     bytes. streams() multiplies x in the format that x has in the chip's memory.
@@ -76,7 +76,7 @@ class HeadLinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
-        """Returns a list of Streams, one for each core with work, that compute each head's product in tiles.
+        """Returns a list of Streams that compute each head's product in tiles: one for each core with work.
 
         The matrix of a head multiplies the first k columns that the head has in x. If the head has more columns in x,
         they are copied unchanged behind the n columns of its product. The returned Streams do not copy them: this
@@ -102,7 +102,7 @@ class HeadLinearKernel(ChipKernel):
 
 
 def head_jobs(rows: int, heads: int, n: int, k: int, cut: Tiling) -> list[Job]:
-    """Returns a list of Jobs, one for each tile of each head's product, one head after the other.
+    """Returns a list with one Job for each tile of each head's product, sorted by head.
 
     The product of a head is [rows, k] @ [k, n]. The `index` of a Job is the number of its head. K is not split,
     whatever `cut` says.

@@ -110,7 +110,9 @@ class ChooseKeysKernel(WorkKernel):
             tokens, keys = (tokens // 2, keys) if tokens > 1 else (tokens, keys // 2)
 
     def jobs(self, target: Target, plan: ChoosePlan, sequences: list[tuple[int, int]]) -> list[list[IndexJob]]:
-        """Returns the jobs of all sequences, dealt to the cores: for each core with work, a list of its IndexJobs.
+        """Returns a list with one inner list for each core with work: the IndexJobs of that core.
+
+        The jobs of all sequences are dealt to the cores.
 
         sequences: (new tokens, keys) of each sequence; the keys include those of its new tokens.
         """

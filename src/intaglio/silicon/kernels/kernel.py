@@ -48,9 +48,10 @@ class ChipKernel:
 
     @classmethod
     def of(cls, op: Any, t: Tensors) -> ChipKernel:
-        """Returns the kernel instance for an op, with the sizes and formats on which its time depends.
+        """Returns the kernel instance for an op.
 
-        t: the Tensors of the op's Program (shapes, formats and roles), by name.
+        It has the sizes and formats on which its time depends. t: the Tensors of the op's Program (shapes, formats and
+        roles), by name.
         """
         raise NotImplementedError(f"{cls.__name__} must define of()")
 

@@ -230,10 +230,12 @@ def tiles_in_flight(target: Target, rows: int, width: int) -> int:
 
 
 def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
-    """Returns the cycles in which a core stores a row of `width` values (one head's key or value) in the K/V cache.
+    """Returns the cycles that a core takes to store one row, a key or value of one head, in the K/V cache.
+
+    width: number of values of the row. bits: bits per value in the cache.
 
     The cycles are library.kv_row_cycles. For a cache of fewer than 16 bits per value, quantising the row adds
-    library.kv_quant_cycles for each value. bits: bits per value in the cache.
+    library.kv_quant_cycles for each value.
     """
     return library.kv_row_cycles + (library.kv_quant_cycles * width if bits < 16 else 0)
 

@@ -76,13 +76,13 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """Returns a list of Streams, one for each core with work, of the last kernel that computes the op's result.
+        """Returns a list of Streams that run the last kernel of the op: one for each core with work.
 
-        If K is not split, the last kernel computes the product. If K is split, an earlier kernel computes one product
-        for each part of K, and the last kernel adds them. The last kernel also applies bias, scale, activation and
-        residual. Another earlier kernel rounds x, unless x is f32. This method itself executes the earlier kernels in
-        `mem`. A GLU pair (gate, up) uses two accumulators of half the columns each. Tile sizes are the fastest that the
-        time model finds.
+        This kernel computes the op's result. If K is not split, the last kernel computes the product. If K is split, an
+        earlier kernel computes one product for each part of K, and the last kernel adds them. The last kernel also
+        applies bias, scale, activation and residual. Another earlier kernel rounds x, unless x is f32. This method
+        itself executes the earlier kernels in `mem`. A GLU pair (gate, up) uses two accumulators of half the columns
+        each. Tile sizes are the fastest that the time model finds.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1

@@ -144,7 +144,9 @@ class LinearAttentionKernel(SequenceKernel):
 
 
 def state_rows(number: int, keys: int) -> slice:
-    """Returns the rows of one head's state, as a slice of the rows of the state tensor viewed as a matrix.
+    """Returns a slice of the rows that hold one head's state.
+
+    They are rows of the state tensor, viewed as a matrix.
 
     number: number of the head, counted over all slots. keys: rows of one head's state.
     """

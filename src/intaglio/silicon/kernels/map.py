@@ -23,9 +23,10 @@ COLUMNS = 4096  # of a job, at most
 @chip_kernel(Map)
 @dataclass(frozen=True)
 class MapKernel(RowsKernel):
-    """Chip kernel of `map`: one Map instruction for each row, or several if a row has more than COLUMNS columns.
+    """Chip kernel of the op `map`, with one Map instruction for each row.
 
-    expr: the elementwise expression over the operands a, b and c.
+    A row with more than COLUMNS columns takes several Map instructions. expr: the elementwise expression over the
+    operands a, b and c.
     """
 
     expr: str = "a"
@@ -36,7 +37,10 @@ class MapKernel(RowsKernel):
 
     @property
     def operations(self) -> int:
-        """The number of vector operations per value: one per function call, one per operator, one for the store."""
+        """The number of vector operations per value.
+
+        Each function call, each operator and the store count as one.
+        """
         return 1 + sum(step in ("call", "binary") for step, _ in postfix(self.expr))
 
     def parts(self) -> int:

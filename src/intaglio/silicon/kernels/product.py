@@ -123,7 +123,9 @@ def x_resident(target: Target, x_bytes: Any) -> Any:
 
 
 def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> tuple[Any, Any, Any]:
-    """Returns a core's use of SRAM: (rows per drain, bytes of all stages, bytes of a stage that hold no operands).
+    """Returns three numbers that describe how a core uses its SRAM.
+
+    They are (rows per drain, bytes of all stages, bytes of a stage that hold no operands):
 
     - Rows per drain: number of rows of a tile that move from the accumulators to SRAM at a time.
     - Bytes of all stages: a stage is a buffer for the operands of one step over K. SRAM also holds two buffers of
@@ -149,7 +151,9 @@ def stage_space(target: Target, tm: Any, tn: Any, glu: bool, x_bits: float) -> t
 
 @dataclass(frozen=True)
 class Grouped:
-    """A grouped matrix product: one product x @ w.T for each expert, all in one kernel, with different numbers of rows.
+    """A grouped matrix product: one kernel computes a product x @ w.T for each expert.
+
+    The products may have different numbers of rows.
 
     Attributes:
         counts: number of rows of each product, at least 1.
@@ -238,11 +242,11 @@ def product_times(
     target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float, glu: bool,
     resident: bool, heads: int, grouped: Grouped | None, streamed: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the times of one product for every choice of tile and K split, as the dict that time_choices() describes.
+    """Returns the times of one product for every choice of tile and K split.
 
-    With `grouped`, m may be an array [..., products, choices] with the number of rows of each product; if m is a
-    number, the numbers of rows are those in `grouped`. In a persistent kernel, tiles of the last round that lie at the
-    lower edge load and store only the rows that they have.
+    The result is a dict, which time_choices() describes. With `grouped`, m may be an array [..., products, choices]
+    with the number of rows of each product; if m is a number, the numbers of rows are those in `grouped`. In a
+    persistent kernel, tiles of the last round that lie at the lower edge load and store only the rows that they have.
     """
     chip, lib = target.chip, target.library
     latency_s, cores = chip.constants.hbm_latency_s, chip.cores
@@ -455,7 +459,7 @@ def product_times(
         next_rows = np.where(edges > 0, last_rows, rows)  # of the tile before the last
 
         def in_line(load_s: Any) -> Any:
-            """Returns the seconds of one tile if each step's operands are loaded during the matmuls of the step before.
+            """Returns the seconds of one tile, if the loads for each step run during the matmuls of the step before.
 
             load_s: seconds to load one step's operands.
             """
@@ -519,9 +523,10 @@ def product_times(
     # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
     # Stores compete with loads, except those of the last round, and those that start after the last load.
     def transfers(read: Any, last_out: Any) -> Any:
-        """Returns the seconds that HBM takes to read `read` bytes and to write the results that are stored meanwhile.
+        """Returns the seconds that HBM takes to read operands and, meanwhile, to write results.
 
-        last_out: fraction of the stored bytes that are stored after the last load and so do not compete with reads.
+        read: bytes that are read. last_out: fraction of the stored bytes that are stored after the last load and so do
+        not compete with reads.
         """
         competing = 1 - last_out
         if lib.persistent:
@@ -647,9 +652,9 @@ def linear_timing(
 
 
 def scale_group(tensor: Tensor) -> int:
-    """Returns how many consecutive weights of a row share one scale; 0 if the weight tensor has no scales.
+    """Returns the number of consecutive weights of a row that share one scale.
 
-    For the format fp8row it is the whole row.
+    It is the whole row for the format fp8row, and 0 if the weight tensor has no scales.
     """
     k = int(tensor.shape[-1])
     return k if tensor.format == "fp8row" else formats.get(tensor.format).group_of(k)

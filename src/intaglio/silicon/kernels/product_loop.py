@@ -23,10 +23,11 @@ PARTS = 8  # HBM's bytes of a transfer are rounded to such parts of its size
 
 
 def product_seconds(target: Target, loop: ProductLoop, jobs: Sequence[Job]) -> tuple[float, float]:
-    """Returns (seconds of a matrix product, fraction of its result's bytes that were written to HBM by its end).
+    """Returns two numbers: the seconds of a matrix product, and how much of its result was written to HBM.
 
     The modelled seconds are those of the product's instruction streams, from the first load to the last store, without
-    launch overhead. The fraction is below 1 if the L2 still holds a part of the result; without an L2 it is 1.0.
+    launch overhead. The second number is the fraction of the result's bytes that were written to HBM by the end of the
+    product. It is below 1 if the L2 still holds a part of the result; without an L2 it is 1.0.
 
     Args:
         target: chip and kernel library.
@@ -236,10 +237,10 @@ class _Loop:
         return len(drained) > before
 
     def load_begins(self, core: _Cores) -> float:
-        """Returns the earliest time in seconds at which these cores can begin their next load; inf if not yet known.
+        """Returns the earliest time in seconds at which these cores can begin their next load.
 
-        The first load of a step waits until SRAM has a free stage (buffer of a step). If the step is fenced, it also
-        waits for the stores of all earlier jobs.
+        The result is inf if the time is not yet known. The first load of a step waits until SRAM has a free stage
+        (buffer of a step). If the step is fenced, it also waits for the stores of all earlier jobs.
         """
         if core.loaded:
             return 0.0

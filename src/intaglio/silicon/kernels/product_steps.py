@@ -94,7 +94,9 @@ def length(part: slice) -> int:
 
 @dataclass(slots=True)
 class Load:
-    """One load that each core of a group makes; each core may load its own data.
+    """One load that each core of a group makes.
+
+    Each core may load its own data.
 
     Attributes:
         size: bytes that each core loads.
@@ -191,9 +193,9 @@ class ProductSteps:
         return self.keys.setdefault((of, index, start), len(self.keys) << 20)
 
     def l2(self) -> L2Blocks:
-        """Returns an L2Blocks that models the L2 at the start of the product: it holds x, as far as x fits.
+        """Returns a model of the L2 at the start of the product, as an L2Blocks.
 
-        On a chip without an L2 it holds nothing.
+        The L2 then holds x, as far as x fits. On a chip without an L2 it holds nothing.
         """
         loop, chip = self.loop, self.target.chip
         xs = {(job.rows.start, job.index): job for job in self.jobs}
@@ -240,10 +242,11 @@ class ProductSteps:
         return self.works[first, n]
 
     def blocks(self, of: str, job: Job) -> list[tuple[int, float]]:
-        """Returns a list with one pair for each step: (number of the operand's L2 block, bytes of each row in it).
+        """Returns a list with one pair for each step: (number of an L2 block, bytes of each row in it).
 
-        A step loads only the cache lines that no earlier step has loaded. If there are none, its pair is (block number
-        of the step before, 0.0). of: name of the operand, "x" or "w".
+        The block holds the operand's part for the step. A step loads only the cache lines that no earlier step has
+        loaded. If there are none, its pair is (block number of the step before, 0.0). of: name of the operand, "x" or
+        "w".
         """
         place, bits = (of, job.steps[0].start, job.steps[-1].stop), self.bits[of]
         if place not in self.places:
@@ -267,10 +270,10 @@ class ProductSteps:
         return Load(rows * length(step) * bits / 8, rows * block[1], [base + block[0] for base in bases])
 
     def loads(self, same: Sequence[Job], w_first: bool, started: bool) -> Iterator[list[list[Load]]]:
-        """Yields the Loads of each step of a job, as a list with one inner list for each side of a GLU pair.
+        """Yields the Loads of each step of a job. They are grouped into lists, one for each side of a GLU pair.
 
-        The first inner list has the Loads before the first side's matmul, the second those before the second side's.
-        Without a GLU pair there is only the first. Loads are in the order in which a core makes them.
+        The first list has the Loads before the first side's matmul, the second those before the second side's. Without
+        a GLU pair there is only the first. Loads are in the order in which a core makes them.
 
         Args:
             same: the jobs that the cores of a group compute at this time.
@@ -302,9 +305,10 @@ class ProductSteps:
             started = True
 
     def of(self, mine: Sequence[int]) -> CoreSteps:
-        """Returns the CoreSteps of a group of cores: their number, and the steps and pieces of each.
+        """Returns the CoreSteps of a group of cores.
 
-        mine: the numbers of these cores, which do the same work at the same times.
+        A CoreSteps has the number of cores, and the steps and pieces of each core. mine: the numbers of these cores,
+        which do the same work at the same times.
         """
         loop, cores, fences = self.loop, self.target.chip.cores, not self.target.library.persistent
         made = CoreSteps(len(mine), [], [])

@@ -31,7 +31,7 @@ ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
 def loop_timing(target: Target, loop: TileLoop, source: Source = "l2") -> Timing:
-    """Returns the Timing of a kernel that runs the TileLoop `loop` on all cores, launch included.
+    """Returns the Timing of a kernel that runs a TileLoop on all cores, including the launch.
 
     source: where the operands are before the loop, see the class L2. On a chip without an L2 all operands and results
     are in HBM.
@@ -119,23 +119,24 @@ class RowsKernel(ChipKernel):
         return (1.0,)
 
     def loaded(self) -> tuple[float, ...]:
-        """Returns the fraction of a job's bytes that each piece loads, as a tuple with one number per piece.
+        """Returns a tuple with one number for each piece: the fraction of a job's bytes that the piece loads.
 
-        The base class returns (): each piece loads the fraction that pieces() gives for it.
+        The base class returns (), which means that each piece loads the fraction that pieces() gives for it.
         """
         return ()
 
     def worked(self, chip: ChipSpec) -> tuple[float, ...]:
-        """Returns the fraction of a job's cycles() that each piece takes, as a tuple with one number per piece.
+        """Returns a tuple with one number for each piece: the fraction of a job's cycles() that the piece takes.
 
-        The base class returns (): each piece takes all of the cycles().
+        The base class returns (), which means that each piece takes all of the cycles().
         """
         return ()
 
     def in_runs(self) -> bool:
-        """True if each core gets consecutive rows, and first loads their indices; False if rows are dealt in turn.
+        """True if each core gets consecutive rows, False if rows are dealt to the cores in turn.
 
-        The base class returns True if the op reads rows by index.
+        A core with consecutive rows first loads their indices. The base class returns True if the op reads rows by
+        index.
         """
         return self.source in BY_INDEX
 
@@ -147,7 +148,10 @@ class RowsKernel(ChipKernel):
         return 0.0
 
     def held_bytes(self) -> float:
-        """Returns the bytes of SRAM for operands that a core keeps for all its rows, such as a norm's weight."""
+        """Returns the bytes of SRAM for operands that a core keeps for all its rows.
+
+        Examples are a norm's weight and, if in_runs() is True, the indices of the rows.
+        """
         return self.vector_bytes + (INDICES_SRAM if self.in_runs() else 0)
 
     def depth(self, target: Target) -> int:
@@ -203,7 +207,10 @@ class RowsKernel(ChipKernel):
 
 @dataclass(frozen=True)
 class CopyKernel(RowsKernel):
-    """Base class of row kernels that only copy: each row is stored from the SRAM tile into which it was loaded."""
+    """Base class of row kernels that only copy rows.
+
+    Each row is stored from the SRAM tile into which it was loaded.
+    """
 
     in_place = True
 
@@ -227,7 +234,7 @@ def vector_bytes(t: Tensor) -> float:
 
 
 def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Sequence[int], body: Any) -> list[Stream]:
-    """Returns a list of Streams, one for each core with work, that process `rows` rows one at a time.
+    """Returns a list of Streams that process `rows` rows one at a time: one Stream for each core with work.
 
     A job is one row, or one of the kernel.parts() column ranges into which a row is divided.
 
@@ -259,7 +266,9 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
 
 
 def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
-    """Returns a list of Streams, one for each core with work, that process `rows` rows in tiles of up to ROWS rows.
+    """Returns a list of Streams that process `rows` rows in tiles: one Stream for each core with work.
+
+    A tile has up to ROWS rows.
 
     Args:
         mem: the chip's memory.

@@ -95,6 +95,9 @@ class SelectiveScanKernel(SequenceKernel):
 
 
 def load_columns(k: StreamBuilder, tile: Region, src: Region) -> None:
-    """Emit the loads that transpose `src` [m, n] from HBM into the SRAM tile `tile` [n, m]: one load per column."""
+    """Emit loads that copy `src` [m, n] from HBM into the SRAM tile `tile` [n, m], transposed.
+
+    There is one load for each column of `src`.
+    """
     for i in range(src.cols):
         load(k, tile.part(slice(i, i + 1)), src.part(cols=slice(i, i + 1)))

@@ -139,7 +139,7 @@ class SequenceKernel(WorkKernel):
         return [[jobs[i] for i in mine] for mine in deal(seconds, target.chip.cores)]
 
     def jobs(self, mem: ChipMemory, site: str, batch: Batch) -> Iterator[tuple[StreamBuilder, list[SequenceJob]]]:
-        """Yields (StreamBuilder, list of SequenceJobs) for each core with work.
+        """Yields one pair for each core with work: (StreamBuilder, list of the core's SequenceJobs).
 
         site: name of the op's place in the model, for the streams.
         """

@@ -160,9 +160,10 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.scaled, groups, cut.columns) if groups else None for _ in w]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
-        """Emit the loads and matmuls that compute acc = x[rows] @ w[columns].T for each job, over its steps of K.
+        """Emit the loads and matmuls that compute acc = x[rows] @ w[columns].T for each job.
 
-        The jobs are interleaved: the first step of each job, then the second step of each, and so on.
+        A job is computed in its steps of K. The jobs are interleaved: the first step of each job, then the second step
+        of each, and so on.
         """
         for i in range(max(len(job.steps) for job in jobs)):
             for job in jobs:
@@ -170,7 +171,7 @@ class TiledProduct:
                     self.step(job, job.steps[i], accumulate=i > 0)
 
     def step(self, job: TileJob, step: slice, accumulate: bool) -> None:
-        """Emit the loads of x and w for one step of a job, and the Matmul instructions that multiply them.
+        """Emit the instructions of one step of a job: loads of x and w, and the Matmuls that multiply them.
 
         Returns nothing. step: slice of K. accumulate: True to add to the job's accumulators; False to overwrite them,
         as in a job's first step.

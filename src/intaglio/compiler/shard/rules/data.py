@@ -43,7 +43,7 @@ def embed(lane: Lane, op: Embed) -> None:
 
 
 def embed_in_parts(lane: Lane, op: Embed, parts: list[Share]) -> None:
-    """Append an Embed op for each part of the table that the rank has, and ops that join all columns. Returns nothing.
+    """Append an Embed op for each of the rank's parts of the table, and join their columns. Returns nothing.
 
     The columns of the rank's parts are joined by Concat ops. If the table is divided among ranks, an all_gather
     follows. parts: the columns of each part of the table, which are quantised separately. Raises LayoutError if the

@@ -63,7 +63,7 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The numbers of the experts that each expert-parallel group holds, as a tuple with a tuple of ints for each group.
+    """The experts of each expert-parallel group: a tuple with a tuple of expert numbers per group.
 
     - If layout.placement has the op's site (its name in the model), it gives the numbers.
     - Otherwise, if the layout has redundant experts or a placement, ExpertPlacement.even() gives the numbers.

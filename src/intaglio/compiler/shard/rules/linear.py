@@ -88,9 +88,10 @@ def in_parts(lane: Lane, op: Linear, parts: list[Share]) -> None:
 
 
 def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int], group: tuple[int, ...]) -> None:
-    """Append all_gathers that give every rank of `group` all partial sums of a linear, and ops that add these sums.
+    """Append ops that add the partial sums of a linear on every rank of `group`. Returns nothing.
 
-    The sums are added in the order of their numbers. Returns nothing.
+    They are all_gathers, which give every rank all partial sums, and additions. The sums are added in the order of
+    their numbers.
 
     Args:
         lane: the rank's Program.
@@ -117,10 +118,11 @@ def add_gathered_parts(lane: Lane, op: Linear, names: list[str], own: list[int],
 
 @sharding_rule(HeadLinear)
 def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """Append a HeadLinear op (one matrix per head or group of heads, as in MLA) to one rank's Program. Returns nothing.
+    """Append a HeadLinear op to one rank's Program. Returns nothing.
 
-    If the input op.x is divided so that each rank has the columns of whole matrices, the rank computes only the
-    products with its own matrices. Otherwise it computes all of them.
+    A HeadLinear has one matrix per head or group of heads, as in MLA. If the input op.x is divided so that each rank
+    has the columns of whole matrices, the rank computes only the products with its own matrices. Otherwise it computes
+    all of them.
     """
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     each = int(lane.p.tensors[op.x].shape[1]) // heads

@@ -251,10 +251,10 @@ def _iq3_s(b: np.ndarray) -> np.ndarray:
 
 
 def _iq1_s(b: np.ndarray) -> np.ndarray:
-    """The scales in IQ1_S blocks: d * (1 + 2 s) / 8, one for each run of 32 values. Float32 [rows, blocks, 8].
+    """The scales in IQ1_S blocks, one for each run of 32 values: float32 [rows, blocks, 8].
 
-    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is bits 12 to
-    14 of a run's 16-bit word. All values of a run are whole multiples of its scale.
+    A scale is d * (1 + 2 s) / 8. d is the f16 number at the beginning of a block. s is bits 12 to 14 of a run's 16-bit
+    word. All values of a run are whole multiples of its scale. b: blocks, uint8 [rows, blocks, bytes of a block].
     """
     s = _words(b[..., 34:], np.uint16) >> 12 & 7
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32)) * np.float32(0.125)
@@ -292,7 +292,7 @@ def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Description of a GGUF block format: its sizes, and how its blocks are decoded.
+    """Description of a GGUF block format, with the function that decodes its blocks.
 
     Attributes:
         format: number format of decoded matrices. bf16 rounds the values; all other formats keep them exactly.

@@ -47,7 +47,7 @@ def pretrained(m: Metadata) -> int:
 
 
 def first_with(m: Metadata, name: str) -> int | None:
-    """The number of the first layer that has a tensor called `name`; None if no layer has it.
+    """The number of the first layer that has the tensor `name`; None if no layer has it.
 
     name: name of the tensor in transformers, without the layer's prefix, such as mlp.gate_proj.weight.
     """
@@ -55,9 +55,10 @@ def first_with(m: Metadata, name: str) -> int | None:
 
 
 def rows(m: Metadata, name: str) -> int | None:
-    """The number of rows of the tensor called `name`, in the first layer that has it; None if no layer has it.
+    """The number of rows of a layer's tensor `name`; None if no layer has it.
 
-    name: name of the tensor in transformers, without the layer's prefix, such as mlp.gate_proj.weight.
+    The first layer that has the tensor is taken. name: name of the tensor in transformers, without the layer's prefix,
+    such as mlp.gate_proj.weight.
     """
     at = first_with(m, name)
     return None if at is None else m.tables.shape(f"model.layers.{at}.{name}")[0]
@@ -94,9 +95,9 @@ def scaling(m: Metadata) -> dict[str, Any] | None:
 
 
 def partial(m: Metadata) -> dict[str, Any]:
-    """A dict with one key of config.json: {"partial_rotary_factor": fraction of a head's columns that rope rotates}.
+    """A dict with the key partial_rotary_factor of config.json.
 
-    The fraction is 1.0 if the file has no key rope.dimension_count.
+    Its value is the fraction of a head's columns that rope rotates: 1.0 if the file has no key rope.dimension_count.
     """
     return {"partial_rotary_factor": m.whole("rope.dimension_count", m.head_dim) / m.head_dim}
 

@@ -134,7 +134,7 @@ def gemma4(m: Metadata) -> dict[str, Any]:
 
 
 def _inner_widths(m: Metadata, shared: int) -> list[int]:
-    """The inner width of each layer's MLP, as a list.
+    """A list with the inner width of each layer's MLP.
 
     shared: number of layers, at the end, that read the K/V cache of an earlier layer. Raises PortError unless all
     widths are equal, or the last `shared` layers have twice the width of the others.

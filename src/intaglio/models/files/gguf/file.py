@@ -51,11 +51,13 @@ class GgufFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The path of the GGUF model at `path`, which is a GGUF file or a folder with one; None if there is none.
+    """The path of the GGUF model at `path`; None if there is none.
 
-    If the model is split into several files, the result is the path of the first. It is also None for a folder that has
-    safetensors files. Raises CheckpointError if a folder has several GGUF models, or if a file of a split model is
-    missing.
+    path: a GGUF file or a folder.
+
+    If the model is split into several files, the result is the path of the first file. It is also None for a folder
+    that has safetensors files. Raises CheckpointError if a folder has several GGUF models, or if a file of a split
+    model is missing.
     """
     if path.is_file() and path.suffix == ".gguf":
         return parts_of(path)[0]

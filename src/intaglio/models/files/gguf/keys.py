@@ -66,7 +66,7 @@ COMPUTES: dict[str, tuple[Any, ...]] = {  # keys by which llama.cpp computes oth
 
 @dataclass(frozen=True)
 class KeyFate:
-    """Report on one metadata key of a GGUF file: whether it was used, and why.
+    """Report that says whether one metadata key of a GGUF file was used or ignored, and why.
 
     Attributes:
         key: the key.
@@ -82,7 +82,9 @@ class KeyFate:
 
 
 def judge_keys(file: GgufFile, seen: Collection[str]) -> Iterator[KeyFate]:
-    """Yield a KeyFate for each metadata key of a GGUF file: whether it was used or ignored, and why.
+    """Yield a KeyFate for each metadata key of a GGUF file.
+
+    A KeyFate says whether the key was used or ignored, and why.
 
     Raises PortError if an unread key has a value that changes llama.cpp's results: this package would then compute
     something else than llama.cpp.

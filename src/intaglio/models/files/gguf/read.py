@@ -240,9 +240,9 @@ class _Reader:
     def _add_rows(
         self, at: str, parts: tuple[str, ...], suffix: str, p: Place, widths: tuple[int, ...], full: str
     ) -> None:
-        """Add several matrices, such as q, k and v, whose rows the file stores one after another in one tensor.
+        """Add several matrices that the file stores as one tensor, such as q, k and v.
 
-        Returns nothing.
+        The tensor has the rows of the first matrix, then the rows of the second, and so on. Returns nothing.
 
         Args:
             at: prefix of the matrices' names in transformers.
@@ -293,9 +293,10 @@ class _Reader:
 
 
 def _run(p: Place, first: int, count: int) -> Place:
-    """Returns a Place (file, offset, type, shape) of `count` consecutive values of a vector.
+    """Returns the Place of a part of a vector: `count` consecutive values.
 
-    p: where the file has the vector. first: index of the first of these values in the vector.
+    A Place says where a file has a tensor: file, offset, type and shape. p: the Place of the whole vector. first: index
+    in the vector of the part's first value.
     """
     each = p.row_bytes // prod(p.shape)
     return Place(p.file, p.kind, (count,), p.start + first * each)

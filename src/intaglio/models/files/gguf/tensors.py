@@ -247,9 +247,10 @@ def in_order(x: np.ndarray, head: int) -> np.ndarray:
 
 
 def summed(types: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the total size of the tensors that become bf16 when read: (bytes in the file, bytes in memory).
+    """Returns the total size of the tensors that become bf16 when read: two numbers of bytes.
 
-    types: {GGUF type: number of values}. Other types are not counted; (0, 0) if none becomes bf16.
+    The first number is their size in the file, the second their size in memory. Tensors of other types are not counted.
+    Both numbers are 0 if no tensor becomes bf16. types: {GGUF type: number of values}.
     """
     own = {kind: n for kind, n in types.items() if kind in BLOCKS and BLOCKS[kind].format == "bf16"}
     return sum(n // BLOCKS[k].values * BLOCKS[k].bytes for k, n in own.items()), 2 * sum(own.values())

@@ -16,17 +16,17 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 def _cl100k(digits: str) -> str:
-    """Returns a regular expression that matches the pieces into which GPT-4's tokenizer (cl100k) splits text.
+    """Returns the regular expression with which GPT-4's tokenizer (cl100k) splits text.
 
-    digits: quantifier of a run of digits, such as {1,3}; "": each digit is a piece.
+    Each match is a piece of the text. digits: quantifier of a run of digits, such as {1,3}; "": each digit is a piece.
     """
     return rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
 def _o200k(end: str, digits: str, less: str = "", tail: str = r"[\r\n/]*") -> str:
-    """Returns a regular expression that matches the pieces into which GPT-4o's tokenizer (o200k) splits text.
+    """Returns the regular expression with which GPT-4o's tokenizer (o200k) splits text.
 
-    A capital after small letters begins a new piece.
+    Each match is a piece of the text. A capital after small letters begins a new piece.
 
     Args:
         end: pattern that may follow at the end of each word, such as an optional 's or 'll.
@@ -53,7 +53,7 @@ _CASED = (  # letters that have capitals, as DeepSeek lists them: single code po
 
 
 def _points(listed: str) -> str:
-    r"""Returns the inside of a regex character class, as text, for the characters that `listed` names.
+    r"""Turn a list of characters into the text that stands between [ and ] in a regular expression.
 
     listed: hexadecimal code points and ranges, separated by spaces. "41-5A 5F" gives \x{41}-\x{5A}\x{5F}.
     """
