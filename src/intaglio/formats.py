@@ -110,15 +110,15 @@ class Format:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The codebook of the format: the value of each code, in the order of the codes, before the scale is applied.
+        """The codebook of the format: the value of each code before the scale is applied.
 
-        () for formats without a codebook.
+        The values are in the order of the codes. () for formats without a codebook.
         """
         return LEVELS.get(self.family, ())
 
     @property
     def published(self) -> bool:
-        """True if the format occurs only in checkpoints that others have quantised: quantise() does not produce it."""
+        """True if the format occurs only in checkpoints that others have quantised. quantise() does not produce it."""
         return self.family not in (*PLAIN, CACHED, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4", "q4_k")
 
     @property
@@ -143,7 +143,10 @@ class Format:
 
     @property
     def lowest(self) -> int:
-        """The smallest code that this format allows in a checkpoint: 0 if codes are unsigned, else -2^(bits - 1)."""
+        """The smallest code that this format allows in a checkpoint.
+
+        0 if codes are unsigned, else -2^(bits - 1).
+        """
         unsigned = self.name in ("q4_k", "q5_k") or self.levels or self.name.startswith(("uint", "affine"))
         return 0 if unsigned else -(1 << (self.bits - 1))
 
@@ -151,17 +154,19 @@ class Format:
     def block(self) -> int:
         """The number of consecutive values of a row that must stay together on one rank.
 
-        0 for plain formats, whose rows may be divided anywhere; ROW (-1) if a row must stay whole. Values that share a
-        scale stay together. In q4_k, q5_k and q6_k all scales of 256 values are multiples of one stored number, so
-        those 256 values stay together.
+        - 0: a plain format, whose rows may be divided anywhere.
+        - ROW (-1): a row must stay whole.
+
+        Values that share a scale stay together. In q4_k, q5_k and q6_k all scales of 256 values are multiples of one
+        stored number, so those 256 values stay together.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
-        """The number of consecutive values that share one stored scale in a row of `cols` values; 0 for plain formats.
+        """The number of consecutive values that share one stored scale in a row of `cols` values.
 
-        A format with one scale per row (ROW) stores a long row as several groups of equal length, and stores the row's
-        scale again for each group. The result is then a multiple of 32, at most CHUNK (1024).
+        0 for plain formats. A format with one scale per row (ROW) stores a long row as several groups of equal length,
+        and stores the row's scale again for each group. The result is then a multiple of 32, at most CHUNK (1024).
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
@@ -303,7 +308,7 @@ class Quantised:
         return values if self.minima is None else values - self.spread(self.minima[ids])
 
     def spread(self, x: np.ndarray) -> np.ndarray:
-        """Each value of `x` repeated for all columns of its group, as an array [..., K].
+        """An array [..., K] that has in each column the value of the column's group.
 
         x: one value per group, [..., groups], such as `scales`.
         """
@@ -323,7 +328,7 @@ class Quantised:
         return self.holding({name: f(x) for name, x in self.arrays.items()})
 
     def holding(self, arrays: Mapping[str, np.ndarray]) -> Quantised:
-        """A copy in which some arrays are replaced. arrays: {name of the attribute: its new array}."""
+        """A copy of this matrix with some arrays replaced. arrays: {name of the attribute: its new array}."""
         changes: dict[str, Any] = dict(arrays)
         return replace(self, **changes)
 
@@ -332,7 +337,7 @@ class Quantised:
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """This matrix cut into a stack of E matrices of N rows each, as a Quantised.
+        """A Quantised that holds this matrix cut into a stack of E matrices of N rows each.
 
         shape: (E, N, K). This matrix must have E * N rows. Each array [E * N, ...] becomes [E, N, ...].
         """
@@ -443,18 +448,19 @@ def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The code nearest to each value, as int8 or E4M3 [n, G, group]; 0 where the scale is 0 or NaN.
+    """The code of the format `fmt` nearest to each value, as int8 or E4M3 [n, G, group].
 
-    groups: the values, [n, G, group]. scales: the scale of each group, [n, G].
+    The code is 0 where the scale is 0 or NaN. groups: the values, [n, G, group]. scales: the scale of each group, [n,
+    G].
     """
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     return _codes(groups * np.nan_to_num(inverse)[:, :, None], fmt)
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """The code of the format `fmt` nearest to each value of `x`, as int8 or E4M3 in the shape of `x`.
+    """The code of the format `fmt` nearest to each value of `x`, as an array in the shape of `x`.
 
-    x: values already divided by their scale. Ties go to even.
+    The array is int8 or E4M3. Ties go to even. x: values already divided by their scale.
     """
     if fmt.family == "mxfp4":
         return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
@@ -585,9 +591,10 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The unit of each q4_k block, as float32 [..., 1]: the smallest f16 number that is at least max(sizes) / 63.
+    """The unit of each q4_k block, as float32 [..., 1].
 
-    sizes: the 8 scales, or the 8 minima, of each block, [..., 8].
+    The unit is the smallest f16 number that is at least max(sizes) / 63. sizes: the 8 scales, or the 8 minima, of each
+    block, [..., 8].
     """
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
@@ -595,9 +602,10 @@ def _unit(sizes: np.ndarray) -> np.ndarray:
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """The quotients `sizes` / `unit`, rounded to whole numbers and clipped to 0..63, as float32.
+    """The quotients `sizes` / `unit` as whole numbers from 0 to 63, in float32.
 
-    sizes: the 8 scales, or the 8 minima, of each q4_k block, [..., 8]. unit: the unit of each block, [..., 1].
+    The quotients are rounded and clipped. sizes: the 8 scales, or the 8 minima, of each q4_k block, [..., 8]. unit: the
+    unit of each block, [..., 1].
     """
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 

@@ -63,7 +63,9 @@ Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The complete output for one prompt, or for one of its several choices (SamplingParams.n).
+    """The complete output for one prompt.
+
+    If SamplingParams.n is above 1, the prompt has several outputs, one for each choice.
 
     Attributes:
         prompt_token_ids: token ids of the prompt.
@@ -467,9 +469,10 @@ def _tier(
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:
-    """The Layout named by `layout`; if `layout` is None or "", tensor parallelism over `chips` chips (None: one chip).
+    """The Layout that the text `layout` names, or tensor parallelism if `layout` is None or "".
 
-    Raises LayoutError if `layout` is no layout's name, and DeviceError if its number of ranks is not `chips`.
+    Tensor parallelism is over `chips` chips; None: one chip. Raises LayoutError if `layout` is no layout's name, and
+    DeviceError if its number of ranks is not `chips`.
     """
     found = Layout.parse(layout or f"tp{chips or 1}")
     if chips not in (None, found.ranks):
@@ -508,7 +511,7 @@ def _as_list(prompts: Any) -> list[Prompt]:
 
 
 def _params_each(params: Params, n: int) -> list[SamplingParams]:
-    """One SamplingParams for each of `n` prompts, as a list.
+    """A list with one SamplingParams for each of `n` prompts.
 
     params: one SamplingParams for all prompts, a list with one per prompt, or None for the defaults. Raises
     RequestError if the list does not have `n` elements.

@@ -63,9 +63,10 @@ class Machine:
 
 
 class SharedExecutable(BlockingExecutable):
-    """An Executable that holds a lock while it runs a step of another Executable, `inner`, or copies its K/V blocks.
+    """A wrapper of an Executable whose steps take turns with those of other models on the same machine.
 
-    All models of a machine share the lock `turn`, so only one model at a time runs a step or copies K/V blocks.
+    It holds the lock `turn` while the wrapped Executable `inner` runs a step or copies K/V blocks. All models of a
+    machine share the lock, so only one model at a time runs a step or copies K/V blocks.
     """
 
     def __init__(self, inner: Executable, turn: threading.Lock) -> None:

@@ -95,10 +95,11 @@ class Model:
         return build_mesh(self.ported, layout, self.weights, self.kv_format)
 
     def stages(self, layout: Layout) -> tuple[Program, ...]:
-        """The Program of the first rank of each pipeline stage, as a tuple; () for a layout of one rank.
+        """The Program of the first rank of each pipeline stage, as a tuple.
 
-        Simulated chips compute their time from these Programs. The first rank is enough: no rank of a stage has larger
-        tensors, and ranks wait for each other. Values that ranks send to each other are rounded to bf16.
+        () for a layout of one rank. Simulated chips compute their time from these Programs. The first rank is enough:
+        no rank of a stage has larger tensors, and ranks wait for each other. Values that ranks send to each other are
+        rounded to bf16.
         """
         if layout.ranks == 1:
             return ()

@@ -17,10 +17,10 @@ Variant = tuple[str, str, dict[str, Op]]
 
 
 def layer_variants(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, changes) for each common porting mistake that involves several ops of a layer.
+    """Yield the common porting mistakes that involve several ops of a layer, as triples (site, text, changes).
 
-    `site` is the name of an op that the mistake affects. `text` describes the mistake. `changes` is {op's name:
-    corrected op}; running the corrected ops instead of the present ones shows whether the port made this mistake.
+    `site` is the name of an op that the mistake affects. `text` describes the mistake. `changes` is a dict {op's name:
+    corrected op}. Running the corrected ops instead of the present ones shows whether the port made this mistake.
 
     Args:
         p: the Program.
@@ -70,10 +70,10 @@ def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[V
 
 
 def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
-    """True if the rows of q, k and v can be put in an order in which each K/V head follows its query heads.
+    """True if the rows of q, k and v can be reordered by head, K/V head after K/V head.
 
-    This requires the same number of rows for every head, and a number of query heads that is a multiple of the K/V
-    heads.
+    For each K/V head, such an order has the rows of its query heads, then its key rows, then its value rows. This
+    requires the same number of rows for every head, and a number of query heads that is a multiple of the K/V heads.
 
     Args:
         parts: weights or biases of q, k and v.
@@ -118,7 +118,7 @@ def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
-    """Yield a triple (site, text, {site: changed op}) for each op of `chain` that may read the wrong residual.
+    """Yield the ops of `chain` that may read the wrong residual, as triples (site, text, {site: changed op}).
 
     `site` is the op's name. `text` describes the mistake. In a sequential layer, the MLP reads the sum of the layer's
     input and the result of attention. In a parallel layer, it reads only the layer's input. The changed op reads the

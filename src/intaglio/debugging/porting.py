@@ -84,10 +84,15 @@ class Findings:
 
 
 def read_config(target: str) -> dict[str, Any]:
-    """Return a model configuration as a dict: a checkpoint's config.json, or the defaults of transformers.
+    """Return the configuration of a model as a dict, with the keys of config.json.
 
-    `target` is a checkpoint folder, or a model type of transformers such as "qwen3_moe". Raises PortingError for a
-    folder without config.json, for an unknown model type, and if transformers is missing or refuses its own defaults.
+    The argument `target` is one of:
+
+    - a checkpoint folder: the result is the contents of its config.json.
+    - a model type of transformers, such as "qwen3_moe": the result is the default configuration of this type.
+
+    Raises PortingError for a folder without config.json, for an unknown model type, and if transformers is missing or
+    refuses its own defaults.
     """
     path = Path(target)
     if path.is_dir():

@@ -58,13 +58,16 @@ class Weights(Protocol):
         """
 
     def release(self, name: str) -> None:
-        """Tell the source that the device has copied the tensor `name`, and that its memory pages may be dropped."""
+        """Tell the source that the device has copied the tensor `name`.
+
+        The source may then drop the tensor's memory pages.
+        """
 
     def identity(self) -> str | None:
-        """Return a text that identifies the values of all tensors; None if the source cannot give one (random weights).
+        """Return a text that identifies the values of all tensors, or None if the source has no such text.
 
-        Sources with the same values give the same text, in other processes too. A device may use the text as the key
-        under which it caches packed weights on disk.
+        For example, a source of random weights returns None. Sources with the same values give the same text, in other
+        processes too. A device may use the text as the key under which it caches packed weights on disk.
         """
 
 
@@ -175,7 +178,10 @@ def merge_ranks(results: Sequence[StepResult]) -> StepResult:
 
 
 class PendingStep(Protocol):
-    """Interface of a started step (one forward pass of a batch), which may still be running. launch() returns it."""
+    """Interface of a started step, which may still be running. launch() returns it.
+
+    A step is one forward pass of a batch.
+    """
 
     def done(self) -> bool:
         """True if the step has ended, so that result() returns at once."""
@@ -258,10 +264,10 @@ class Executable(ABC):
         return any(op.kind == "experts" for op in self.program.ops)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
-        """Return how many tokens each expert has computed in all steps so far: {op's name: ExpertLoad of this layer}.
+        """Return the number of tokens that each expert has computed so far: {name of an experts op: ExpertLoad}.
 
-        There is one item for each layer with experts. The dict is empty if this executable does not count tokens.
-        Raises DeviceLost if the device is lost.
+        The numbers count all steps since the Program was loaded. There is one item for each layer with experts. The
+        dict is empty if this executable does not count tokens. Raises DeviceLost if the device is lost.
         """
         return {}
 
@@ -291,11 +297,11 @@ class Executable(ABC):
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def step(self, request: StepRequest) -> StepResult:
-        """Run a step to its end and return its StepResult, or raise the error that ended it."""
+        """Run a step to its end and return its StepResult. If the step fails, its error is raised."""
         return self.launch(request).result()
 
     def unwrapped(self) -> Executable:
-        """Return the innermost executable, without the executables that wrap it; this one if it wraps none."""
+        """Return the executable inside all wrappers; this executable itself if it wraps none."""
         return self
 
     def between_steps(self, call: Callable[[Executable], T]) -> T:
@@ -353,9 +359,10 @@ class RankExecutable(BlockingExecutable):
 
 
 def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
-    """Run the step `steps` of a Program without collectives to its end and return its StepResult.
+    """Run a step of a Program without collectives to its end and return the StepResult.
 
-    `steps` is the generator that run_until_collective() returned. Raises DeviceError if the step reaches a collective.
+    `steps` is the generator that run_until_collective() returned for this step. Raises DeviceError if the step reaches
+    a collective.
     """
     try:
         op, _ = next(steps)
@@ -422,7 +429,7 @@ class Device(ABC):
         """Load one Program (a whole model, or one rank of a mesh) with its weights. Returns an Executable."""
 
     def recipe(self) -> Recipe:
-        """Return the Recipe with which another process makes an equal device: (name of a function, its arguments).
+        """Return the Recipe that makes an equal device in another process: (name of a function, its arguments).
 
         Subclasses whose constructor has arguments override this method.
         """

@@ -24,7 +24,7 @@ class ExpertLoad:
     held: Ranks = ()
 
     def facts(self) -> list[object]:
-        """Return the load as a list [tokens, held] of values for JSON, from which of_facts() makes an ExpertLoad again.
+        """Return this load as a list [tokens, held], which can be written as JSON. of_facts() reads the list.
 
         `tokens` is a list with the number of tokens of each expert. `held` has, for each rank, the list of its experts.
         """

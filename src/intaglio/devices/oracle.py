@@ -52,10 +52,10 @@ def link(previous: int, token: int) -> int:
 
 
 def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
-    """Return the next token id that the oracle (a fake device for tests) gives; -1 if the mask allows no token id.
+    """Return the next token id of the oracle; -1 if the mask allows no token id.
 
-    The token id is a hash of all `links` in their order, of the row's logit edits and mask, and of the seed if the
-    temperature is above 0.
+    The oracle is a fake device for tests. Its token id is a hash of all `links` in their order, of the row's logit
+    edits and mask, and of the seed if the temperature is above 0.
 
     Args:
         links: the contents of the K/V slots of all tokens of the sequence, in order: hashes made by link().

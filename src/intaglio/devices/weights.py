@@ -41,7 +41,7 @@ class ArrayWeights:
 
 
 class ReportedWeights:
-    """A weight source that wraps another one and reports progress each time that a device has loaded a tensor."""
+    """A wrapper of a weight source that reports progress after each tensor that a device has loaded."""
 
     def __init__(
         self, weights: Weights, mesh: MeshProgram, shape: Callable[[str], tuple[int, ...]], progress: Progress

@@ -63,7 +63,10 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """The limit that sets the bound: "memory" (bandwidth) if `memory` is larger than `matrix`, else "matrix"."""
+        """The limit that sets the bound: "memory" (bandwidth) or "matrix" (arithmetic throughput).
+
+        It is "memory" if the attribute `memory` is larger than `matrix`, else "matrix".
+        """
         return "memory" if self.memory > self.matrix else "matrix"
 
     def __add__(self, other: Bound) -> Bound:
@@ -349,18 +352,20 @@ def _row(
 
 
 def moved(work: Work) -> int:
-    """The bytes of weights and state that an op reads or writes, from which its roofline bound is computed.
+    """The number of bytes of weights and state that an op reads or writes.
 
-    State is the K/V cache and recurrent state. Activations do not count, because they stay in the CPU caches.
+    The op's roofline bound is computed from this number. State is the K/V cache and recurrent state. Activations do not
+    count, because they stay in the CPU caches.
     """
     return work.weight_bytes + work.state_bytes
 
 
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
-    """The roofline Bound of each op in one step of `batch`, as a dict {name of the op: Bound}.
+    """The roofline Bound of each op in one step, as a dict {name of the op: Bound}.
 
     All ops get the same bandwidth: the bandwidth measured for a working set as large as all bytes of the step. (A small
-    model stays in the CPU caches, which are read faster than memory.) roofs: measured limits of the computer.
+    model stays in the CPU caches, which are read faster than memory.) batch: the batch of the step. roofs: measured
+    limits of the computer.
     """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
@@ -371,10 +376,13 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """The name of the number format in which an op multiplies; Roofs.peak() has its FLOP/s.
+    """The name of the number format in which an op multiplies.
 
-    For a linear layer with int8 activations it is the format of the weight. For other linear layers it is the format to
-    which the activations are rounded. For every other op it is "f32".
+    - A linear layer with int8 activations: the format of the weight.
+    - Another linear layer: the format to which the activations are rounded.
+    - Every other op: "f32".
+
+    Roofs.peak() has the FLOP/s of each format.
     """
     if not isinstance(op, Linear):
         return "f32"

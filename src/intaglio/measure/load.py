@@ -154,7 +154,7 @@ async def load(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Send each request at its planned arrival, wait until all have ended, and return their Outcomes in the same order.
+    """Send each request at its planned arrival and wait until all have ended. Returns their Outcomes in the same order.
 
     If a request fails, Outcome.error has the reason. Call probe(server) first. It finds out the model's name,
     which each request needs, and the tokens per word, which are needed to make prompts of the planned lengths.

@@ -41,7 +41,7 @@ class Running:
     stamps: list[float] = field(default_factory=list)
 
     def ended(self, event: Event, end: float) -> Outcome:
-        """The Outcome of this request after its end.
+        """The Outcome of this request, which has ended.
 
         event: the last event of the request. end: seconds from the request's `start` to its end.
         """

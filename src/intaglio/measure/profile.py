@@ -53,9 +53,9 @@ class Site:
 
     @property
     def lost(self) -> float:
-        """Seconds that the op takes beyond its roofline bound; all its seconds if there is no bound.
+        """Seconds that the op takes beyond its roofline bound.
 
-        Negative if the measured time is below the bound.
+        All its seconds if there is no bound. Negative if the measured time is below the bound.
         """
         return self.seconds - (self.bound_seconds or 0.0)
 
@@ -113,9 +113,10 @@ class Profile:
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
-        """A sentence that says how long op `s` takes, what its roofline bound is, and how many milliseconds are lost.
+        """A sentence that compares the time of op `s` with its roofline bound.
 
-        Without a bound the sentence says how long the op takes, and its share of the phase's time.
+        It says how many milliseconds are lost, or that the op is as fast as its bound. Without a bound the sentence
+        says how long the op takes, and its share of the phase's time.
         """
         takes = f"{s.label} takes {s.seconds * 1e3:,.2f} ms"
         if s.bound_seconds is None:
@@ -129,7 +130,9 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The attributes of this Profile, and values computed from them, as a dict that can be written as JSON.
+        """This Profile as a dict that can be written as JSON.
+
+        The dict has the attributes of the Profile, and values computed from them:
 
         - "outside_share": fraction of the measured seconds that is spent outside ops.
         - "sites": a list with one dict per op. Each has the attributes of the op's Site, "lost" (measured seconds minus

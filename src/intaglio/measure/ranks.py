@@ -74,10 +74,9 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 
 
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
-    """The time that each rank waited for each other rank in one step.
+    """The seconds that each rank waited for each other rank in one step, as a list with one dict per rank.
 
-    Returns a list with one dict per rank: {number of the other rank: seconds}. Ranks that were not waited for are
-    missing.
+    Each dict is {number of the other rank: seconds}. Ranks that were not waited for are missing.
 
     All the time of a receive counts as waiting for its sender. In any other collective, the rank that spent the
     shortest time in the op is taken for the last to arrive. Each other rank waited for this last rank: its own time in

@@ -79,10 +79,10 @@ def trace(name: str) -> Trace:
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """The factor by which to multiply the lengths of trace `t`, so that about 99 of 100 requests fit a context.
+    """The factor by which the lengths of trace `t` must be multiplied to fit a context.
 
-    context: length of the context in tokens. The factor is 1 if the lengths fit unchanged, or if `context` is None or
-    0. It is never above 1.
+    With this factor about 99 of 100 requests fit. context: length of the context in tokens. The factor is 1 if the
+    lengths fit unchanged, or if `context` is None or 0. It is never above 1.
     """
     return min(1.0, context / t.most) if context else 1.0
 

@@ -49,7 +49,7 @@ UNUSED = {  # tensors of GGUF files, by use_of()
 
 @dataclass(frozen=True)
 class TensorFate:
-    """Report on one tensor in a checkpoint's files: which weights of the Program it becomes, or why it is ignored.
+    """Report on one tensor in a checkpoint's files: the weights that are made from it, or why it is ignored.
 
     Attributes:
         name: name of the tensor.
@@ -190,10 +190,11 @@ def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]],
 
 
 def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate for each tensor of a GGUF checkpoint: which weights it becomes, or why it is ignored.
+    """Yield a TensorFate for each tensor of a GGUF checkpoint.
 
-    The tensor is named as in the GGUF file. If the checkpoint is divided into several files, the tensors of all files
-    are yielded. ported: the Program that was made from the checkpoint.
+    It says which weights the tensor becomes, or why it is ignored. The tensor is named as in the GGUF file. If the
+    checkpoint is divided into several files, the tensors of all files are yielded. ported: the Program that was made
+    from the checkpoint.
     """
     assert checkpoint.gguf
     used, formats = _uses(checkpoint, ported)
@@ -220,9 +221,10 @@ def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate
 
 
 def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate for each tensor in the files: which weights it becomes, or why it is ignored.
+    """Yield a TensorFate for each tensor in the checkpoint's files.
 
-    ported: the Program that was made from the checkpoint.
+    It says which weights the tensor becomes, or why it is ignored. ported: the Program that was made from the
+    checkpoint.
     """
     used, formats = _uses(checkpoint, ported)
     whole = {part: name for name, coded in checkpoint.coded.items() for part in coded.parts}
@@ -246,10 +248,11 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
 
 
 def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, ...]) -> Iterator[Group]:
-    """Yield a Group for each set of used tensors whose names are equal when their numbers are replaced by *.
+    """Yield a Group for each set of used tensors whose names differ only in numbers, such as layer numbers.
 
-    If a weight is made of tensors in several groups, its bytes count in the first of these groups. tensors: reports on
-    all tensors of the checkpoint.
+    The tensors of a Group have the same type and number format. The names of the weights made from them also differ
+    only in numbers. If a weight is made of tensors in several groups, its bytes count in the first of these groups.
+    tensors: reports on all tensors of the checkpoint.
     """
     sizes = {t.name: t.nbytes({}) for t in ported.program.of_role("weight")}
     count, size = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()

@@ -130,7 +130,7 @@ class Config:
         return default if value is None else value
 
     def check_length(self, key: str, values: Sequence[Any]) -> None:
-        """Raise PortError if the list `values` does not have num_hidden_layers values, one per layer.
+        """Raise PortError if the list `values` does not have one value for each of the num_hidden_layers layers.
 
         key: the key of config.json that has the list, for the message. Nothing is checked if the config lacks
         num_hidden_layers.
@@ -147,7 +147,7 @@ class Config:
         return self.named.get(key, key)
 
     def either(self, *keys: str) -> str:
-        """The name of the first of `keys` that has a value (not null); the last of `keys` if none has one.
+        """The first of `keys` that has a value other than null; the last of `keys` if none has one.
 
         Used where config files have different keys for the same setting. All the keys count as read. Raises PortError
         if the file has several of the keys, with different values.
@@ -259,7 +259,7 @@ class Config:
         return ACTIVATIONS[value]
 
     def need_silu(self, why: str, key: str = "hidden_act") -> None:
-        """Raise PortError unless the activation function is silu.
+        """Raise PortError if the activation function is not silu.
 
         why: the end of the message. key: the key of config.json that names the function.
         """

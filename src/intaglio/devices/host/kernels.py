@@ -49,10 +49,10 @@ PythonFunction = Callable[[Any, Mapping[str, Value], Batch], Mapping[str, np.nda
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """Registry entry of an op class whose host kernel is C++ code in the native module.
+    """Registry entry of an op class whose host kernel is C++ code.
 
-    `attributes` is a function that takes an op and returns {attribute's name: value}, in the form that the kernel
-    takes.
+    `attributes` is a function that takes an op and returns the attributes for its kernel as a dict {attribute's name:
+    value}. The values have the form that the kernel takes.
     """
 
     attributes: Callable[[Any], Attributes]
@@ -72,7 +72,7 @@ KERNELS: dict[type[Op], NativeKernel | PythonKernel] = {}
 
 
 def plain_attributes(op: Op) -> Attributes:
-    """Return the fields of `op` that are neither its site nor names of tensors, as a dict {attribute's name: value}."""
+    """Return all fields of `op` except its site and the names of tensors, as a dict {field's name: value}."""
     return {name: getattr(op, name) for name in op.named("attribute")}
 
 

@@ -42,7 +42,7 @@ def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int
 
 
 def _source_name(array: np.ndarray, name: str) -> str:
-    """Return the name of the number format of an array that is not quantised: "f32", "f16" or "bf16".
+    """Return the name of the number format of an unquantised array: "f32", "f16" or "bf16".
 
     `name` is the weight's name, for the error message. Raises DeviceError if the array has another type.
     """
@@ -73,9 +73,10 @@ def load(
     native: _native.Executable, program: Program, layout: HostLayout, weights: Weights, state: StateSpec, threads: int,
     cache: str | Path | None, image_file: int | None = None,
 ) -> Loaded:  # fmt: skip
-    """Fill an empty native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
+    """Declare tensors, pack weights and create ops in an empty native executable. Returns a Loaded.
 
-    Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
+    The Loaded says what was put into the executable. Raises DeviceError for weights of the wrong shape or type, and for
+    ops that the kernels cannot run.
 
     Args:
         native: the empty executable.

@@ -66,7 +66,7 @@ class ExpertMoves:
         self.error: Exception | None = None
 
     def loads(self) -> dict[str, ExpertLoad]:
-        """Return the load of the experts of each layer: {name of the layer's experts op: ExpertLoad}.
+        """Return the ExpertLoad of each layer with experts, as a dict {name of the layer's experts op: ExpertLoad}.
 
         `tokens` of an ExpertLoad counts the tokens routed to each expert of the layer since the Program was loaded,
         also for experts on other ranks. `held` has the experts of this rank; it is () for every other rank, because

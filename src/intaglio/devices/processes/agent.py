@@ -107,7 +107,7 @@ class Port:
             return self.arrived.pop(key)
 
     def wake(self) -> None:
-        """Wake the threads that wait in take(), so that they check whether their group has ended. Returns None."""
+        """Wake the threads that wait in take(). Each then checks whether its group has ended. Returns None."""
         with self.news:
             self.news.notify_all()
 

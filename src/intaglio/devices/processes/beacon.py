@@ -120,7 +120,7 @@ class Beacon:
         return new
 
     def given_up(self) -> bool:
-        """True if the other end has called give_up(), which says that it receives nothing from this end."""
+        """True if the other end has called give_up(), because it receives nothing from this end."""
         return self.heard == LAST
 
     def give_up(self) -> None:

@@ -80,7 +80,7 @@ ChildProcess = ForkedProcess | subprocess.Popen[bytes]
 
 
 class ForkServer:
-    """A fork server, as seen by the process that uses it: fork() asks the server to start a child process.
+    """Client of a fork server, a process that starts child processes. fork() asks the server for a child.
 
     The server process starts at the first fork(). Any thread may use this object.
     """

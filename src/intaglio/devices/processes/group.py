@@ -63,7 +63,10 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """The job of one rank's process, and the numbers of the CPU cores that it may use (() means all)."""
+    """The job of one rank's process, and the CPU cores that the process may use.
+
+    `cores` has the numbers of the cores. (): all cores.
+    """
 
     job: Job
     cores: tuple[int, ...] = ()

@@ -84,7 +84,7 @@ class RankFacts:
     block_parts: tuple[int, ...] = ()
 
     def parts(self) -> list[np.ndarray]:
-        """Return the fields of this object as a list of arrays, to be written as one message. read_facts() reads it."""
+        """Return this object as a list of arrays, to be written as one message. read_facts() reads the message."""
         content = text([self.isa, self.program, self.state_in_file, self.block_parts])
         return [np.array([0, len(content)], np.int64), content]
 

@@ -43,7 +43,7 @@ def close_all(files: Sequence[int]) -> None:
 
 
 def spoils_memory(returncode: int | None) -> bool:
-    """True if a process crashed, for example by SIGSEGV, and may have written to wrong addresses before.
+    """True if a process crashed, for example by SIGSEGV. It may have written to wrong addresses before.
 
     `returncode` is the process's exit status as in Popen.returncode: -n if signal n killed it, None while it runs. The
     result is False for a process that runs, that exited, or that SIGKILL ended.

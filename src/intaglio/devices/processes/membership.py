@@ -15,7 +15,7 @@ PATIENCE = 10  # times the allowed silence has a process that is not stopped: ot
 
 
 class OutOfOrder(ValueError):
-    """Raised for a frame whose number is not the next one, because frames were lost or one came twice."""
+    """Error for a received frame that does not have the next number: frames were lost, or one came twice."""
 
 
 class FrameOrder:
@@ -55,9 +55,9 @@ class Silence:
         self.last = now
 
     def left(self, now: float) -> float:
-        """Return the seconds left until the other end counts as gone; 0 or less if it counts as gone already.
+        """Return the seconds of silence that are left until the other end counts as gone.
 
-        `now` is the current time in seconds.
+        0 or less: it counts as gone already. `now` is the current time in seconds.
         """
         return self.last + self.allowed - now
 

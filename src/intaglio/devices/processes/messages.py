@@ -188,10 +188,10 @@ def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
 
 
 def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
-    """Return the answer to a request about K/V blocks as a list of arrays, to be written as one message.
+    """Return the answer to a request that reads or writes K/V blocks, as a list of arrays.
 
-    `contents` is the contents of the blocks that were read, uint8 [blocks, bytes]. After a write it is None, and the
-    answer is a header without contents.
+    The arrays are to be written as one message. `contents` is the contents of the blocks that were read, uint8 [blocks,
+    bytes]. After a write it is None, and the answer is a header without contents.
     """
     rows, width = (0, 0) if contents is None else contents.shape
     head = np.array([0, 0, rows, width, 0], np.int64)

@@ -480,10 +480,10 @@ def window(c: Config, kind: str) -> int:
 
 
 def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """Arguments `layers` and `ropes` of Decoder for a model whose layers all use the same rope table, as a dict.
+    """The arguments `layers` and `ropes` of Decoder for a model with a single rope table, as a dict.
 
-    `layers` is a tuple of Layers; a layer has an attention window if the config's key layer_types says so. `ropes` is
-    {"rope": the rope table}. Raises PortError for settings that are not supported.
+    All layers use this table. `layers` is a tuple of Layers; a layer has an attention window if the config's key
+    layer_types says so. `ropes` is {"rope": the rope table}. Raises PortError for settings that are not supported.
 
     Args:
         c: the config.
@@ -495,5 +495,5 @@ def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, A
 
 
 def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
-    """A copy of the Decoder `d` in which layer `i` has a mixture of experts if `where(i)` is true, else a dense MLP."""
+    """A copy of the Decoder `d`: layer `i` has a mixture of experts if `where(i)` is true, else a dense MLP."""
     return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))

@@ -17,7 +17,7 @@ from intaglio.ops import Concat, Linear, Map, MixStreams, Norm, Select, Sinkhorn
 
 
 class Entry(NamedTuple):
-    """Names of the tensors that enter() adds before a block, which is the attention or the MLP of a layer.
+    """Names of the tensors that enter() adds before a block (the attention or the MLP of a layer).
 
     Attributes:
         x: the input of the block, [tokens, hidden].
@@ -43,10 +43,10 @@ def spread(w: Writer, h: Hyper, x: str) -> str:
 
 
 def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> Entry:
-    """Add the ops before a block (the attention or the MLP of a layer): they mix the residual streams into its input.
+    """Add the ops that mix the residual streams into the input of a block. Returns an Entry.
 
-    They also compute the factors and the matrix with which leave() adds the block's result to the streams. Returns an
-    Entry with the names of these tensors.
+    A block is the attention or the MLP of a layer. The ops also compute the factors and the matrix with which leave()
+    adds the block's result to the streams. The Entry has the names of the input, the factors and the matrix.
 
     Args:
         w: the Writer that adds the ops.
@@ -67,9 +67,10 @@ def enter(w: Writer, h: Hyper, i: int, part: str, source: str, streams: str) -> 
 
 
 def leave(w: Writer, h: Hyper, site: str, streams: str, entry: Entry, y: str) -> str:
-    """Add the op after a block: it mixes the residual streams and adds the block's result `y` to each of them.
+    """Add the op after a block (the attention or the MLP of a layer). Returns the name of the new residual streams.
 
-    Returns the name of the new tensor of all streams, [tokens, streams * hidden].
+    The op mixes the residual streams and adds the block's result `y` to each of them. The new streams are one tensor,
+    [tokens, streams * hidden].
 
     site: name of the op. streams: name of the tensor of streams that enter() read. entry: the Entry that enter()
     returned. y: name of the block's result, [tokens, hidden].
@@ -91,9 +92,9 @@ def collapse(w: Writer, h: Hyper, streams: str) -> str:
 
 
 def _weights(w: Writer, at: str, streams: str, n: int, widths: Sequence[int], names: Sequence[str]) -> str:
-    """Add the ops that compute mixing logits for each token: linear(norm(streams)) * scale + base.
+    """Add the ops that compute the mixing logits of each token. Returns the name of their tensor.
 
-    Returns the name of their tensor, [tokens, sum(widths)].
+    The logits are linear(norm(streams)) * scale + base, [tokens, sum(widths)].
 
     Args:
         w: the Writer that adds the ops.

@@ -87,9 +87,9 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) ->
 
 
 def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str, narrow: str) -> str:
-    """Add the ops of a layer's indexer, which chooses the positions that each query attends to (DeepSeek-V3.2).
+    """Add the ops of a layer's indexer (DeepSeek-V3.2). Returns the name of the tensor of chosen positions.
 
-    Returns the name of the tensor with the chosen positions. The indexer keeps its keys in a cache of its own.
+    The indexer chooses the positions that each query attends to. It keeps its keys in a cache of its own.
 
     Args:
         w: the Writer that adds the ops.

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConvMixer:
-    """Description of a gated short convolution (LFM2): out_proj(c * conv(b * x)), where in_proj gives b, c and x.
+    """Description of a gated short convolution (LFM2).
+
+    The block computes out_proj(c * conv(b * x)), where in_proj gives b, c and x.
 
     Attributes:
         taps: tokens that the convolution reads: the current token and the taps - 1 tokens before it.
@@ -146,9 +148,10 @@ class DeltaMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class LruMixer:
-    """Description of a recurrent block of Griffin: linear_out(lru(conv(linear_x(x))) * activation(linear_y(x))).
+    """Description of a recurrent block of Griffin.
 
-    All linear layers and the convolution have biases.
+    The block computes linear_out(lru(conv(linear_x(x))) * activation(linear_y(x))) from its input x. All linear layers
+    and the convolution have biases.
 
     Attributes:
         width: columns of the recurrence (lru).

@@ -58,7 +58,7 @@ def write_dense(
 
 
 def _cut(w: Writer, at: str, gate: str, sparsity: float) -> str:
-    """Add the ops that compute, for each row of `gate`, the limit below which values are set to 0.
+    """Add the ops that compute a limit for each row of `gate`. Values below the limit are to be set to 0.
 
     Returns the name of the limits' tensor, [rows, 1]. The limit is mean + n * (standard deviation of the row), where n
     is the standard normal quantile of `sparsity` (Gaussian top-k, Gemma 3n).
@@ -147,7 +147,7 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str, routed: str = "") -> st
 
 
 def write_beside(w: Writer, m: Mixture, i: int, residual: str, dense: str) -> str:
-    """Add the ops of a mixture of experts that a layer has in addition to its dense MLP (Gemma 4).
+    """Add the ops of a mixture of experts in a layer that also has a dense MLP (Gemma 4).
 
     Returns the name of the tensor with the sum of both results, [tokens, hidden]. Each result is normed before the sum.
 

@@ -320,7 +320,7 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Add the input projections of a gated delta net, for a checkpoint that stores them as two weights (Qwen3-Next).
+    """Add the input projections of a gated delta net whose checkpoint has only two weights for them (Qwen3-Next).
 
     Returns the names of four tensors as a list: q, k and v side by side; the gate z; b (for beta); a (for the decay).
     Their shapes are as in inputs(). The weight in_proj_qkvz has the rows of q, k, v and z for the first key head, then

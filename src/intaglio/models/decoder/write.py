@@ -203,9 +203,9 @@ def _layer(w: Writer, i: int, layer: Layer, x: str, embedded: str = "") -> str:
 
 
 def _laurel(w: Writer, i: int, x: str) -> str:
-    """Add the ops of a low-rank shortcut beside attention: x + norm(right(left(x))). Returns the name of the sum.
+    """Add the ops of a low-rank shortcut beside attention. Returns the name of the result's tensor.
 
-    Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
+    The result is x + norm(right(left(x))). Source: Menghani et al. 2024, "LAuReL: Learned Augmented Residual Layer".
 
     Args:
         w: the Writer that adds the ops.

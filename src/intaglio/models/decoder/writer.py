@@ -203,9 +203,9 @@ class Writer:
         return self.permuted[x, order] if order else x
 
     def x_format(self, w: str) -> str:
-        """The number format to which an activation is rounded before it is multiplied with the weight called `w`.
+        """The number format to which activations are rounded before they are multiplied with a weight.
 
-        "int8" if the codes of `w` are whole numbers, else "f32".
+        "int8" if the codes of the weight are whole numbers, else "f32". w: name of the weight.
         """
         return x_format(self.b.tensors[w].format, exact=True)
 

@@ -83,7 +83,7 @@ def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _experts(base: str, count: int, whole: Coded) -> dict[str, Coded]:
-    """The matrices of a stack of experts in an MLX checkpoint, as {name in transformers: Coded}.
+    """The matrices of a stack of experts in an MLX checkpoint, one per expert, as {name in transformers: Coded}.
 
     base: name of the stack's module, which must be in `switch_mlp`. count: number of experts. whole: a Coded that
     decodes the matrix of one expert. Raises PortError for a stack that is not in `switch_mlp`.

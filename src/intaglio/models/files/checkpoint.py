@@ -68,10 +68,11 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """Returns a note for the user about quantised matrices that need more memory than their files, as a list of texts.
+    """Returns a list with a note for the user if quantised matrices need much more memory than their files.
 
     Some matrices become f32, f16 or bf16 when they are read, because Intaglio has no number format for their codes. The
-    list has one text if these matrices together need at least 1 GiB more in memory than in the files, else none.
+    list has one text if these matrices together need at least 1 GiB more in memory than in the files. Otherwise it is
+    empty.
     """
     wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
     stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})
@@ -190,10 +191,10 @@ class Checkpoint:
         return self.entry(name).dtype
 
     def format(self, name: str) -> str:
-        """The number format of the value that read() returns for `name`, such as bf16 or a quantised format.
+        """The number format of the value that read(name) returns, such as bf16 or a quantised format.
 
-        "" if the tensor is stored in a type that cannot be read. Raises CheckpointError if there is no tensor of that
-        name.
+        "" if the tensor `name` is stored in a type that cannot be read. Raises CheckpointError if there is no such
+        tensor.
         """
         return self.coded[name].format if name in self.coded else PLAIN.get(self.dtype(name), "")
 
@@ -307,7 +308,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def recipe(self) -> tuple[str, dict[str, object]]:
-        """The call that opens this checkpoint in another process: (name of a function, dict of its arguments)."""
+        """The Recipe that opens this checkpoint in another process: (name of a function, dict of its arguments)."""
         return f"{__name__}:Checkpoint.open", {"path": str(self.path.absolute())}
 
     def _array(self, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ TWICE_E2M1 = (np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype
 
 @dataclass(frozen=True)
 class Part:
-    """The rule that maps rows of a matrix to the part of a stored tensor from which these rows are decoded.
+    """Rule that says which part of a stored tensor is needed to decode given rows of a matrix.
 
     The stored tensor holds the codes, scales or zeros of the matrix.
 
@@ -94,7 +94,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors in a checkpoint's files: their types and shapes, and a function that reads them.
+    """Types and shapes of the tensors in a checkpoint's files, and a function that reads the tensors.
 
     Attributes:
         dtypes: {name of a tensor: its type, as safetensors calls it}.
@@ -130,9 +130,10 @@ def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tupl
 
 
 def with_row_scales(codes: np.ndarray, scales: np.ndarray, format: str) -> Quantised:
-    """A Quantised made of codes [N, K] and one scale per row, in a format such as int8row.
+    """A Quantised made of the codes [N, K] of a matrix and one scale per row.
 
-    codes: kept unchanged. scales: one scale per row, or one for the whole matrix. format: name of the format.
+    codes: kept unchanged. scales: one scale per row, or one for the whole matrix. format: name of a format with one
+    scale per row, such as int8row.
     """
     return Quantised(codes, *spread_rows(scales, codes.shape, format))
 
@@ -206,9 +207,9 @@ def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
 
 
 def words_of(count: int, bits: int) -> tuple[int, ...]:
-    """The number of 32-bit words that hold `count` codes of `bits` bits, in each of two packings: (int, int).
+    """The number of 32-bit words that hold `count` codes of `bits` bits, as a pair for two packings.
 
-    The first number is for codes packed without gaps, the second for words with only whole codes. They are equal if
+    First number: codes are packed without gaps. Second number: each word has only whole codes. The numbers are equal if
     `bits` divides 32.
     """
     return -(-count * bits // 32), -(-count // (32 // bits))

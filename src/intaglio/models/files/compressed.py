@@ -104,7 +104,7 @@ class Scheme:
 
 
 def _usual_strategy(w: Mapping[str, Any]) -> str:
-    """Returns the strategy for an entry of config_groups without the key `strategy`, as compressed-tensors chooses it.
+    """Returns the strategy that compressed-tensors uses for an entry of config_groups without the key `strategy`.
 
     - "block" if the entry has a block_structure.
     - Otherwise "tensor" if it has no group_size, "group" for a group_size above 0, and "channel" for group_size -1.

@@ -76,7 +76,7 @@ def fp8_matrix(stored: Stored, name: str, block: Sequence[int]) -> Coded:
 
 
 def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: bool) -> Coded:
-    """The NVFP4 matrix that is stored as the tensors named `codes`, `scale` and `factor`, as a Coded.
+    """A Coded for the NVFP4 matrix in the tensors named `codes`, `scale` and `factor`.
 
     codes: U8 [N, K / 2], two E2M1 codes per byte, the first in the low nibble. scale: E4M3 [N, K / 16]. factor: one F32
     value, by which scales are multiplied or, if `divides` is True, divided. Raises PortError for other types or shapes.
@@ -99,7 +99,7 @@ def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: b
 
 
 def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
-    """The MXFP4 matrix that is stored as the tensors named `codes` and `scale`, as a Coded.
+    """A Coded for the MXFP4 matrix in the tensors named `codes` and `scale`.
 
     codes: U8 [N, K / 2], two E2M1 codes per byte. scale: [N, K / 32], powers of two. Raises PortError for scales of
     another shape.

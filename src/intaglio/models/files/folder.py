@@ -75,10 +75,10 @@ def find_files(path: Path, config: Mapping[str, Any]) -> Found:
 def deciding_file(
     config: Mapping[str, Any], has: Callable[[str], bool], read: Callable[[str], Mapping[str, Any]]
 ) -> str | None:
-    """The name of the file that decides which files are read: the file with all tensors, or an index (*.index.json).
+    """The name of the file that is read first to find a checkpoint's tensors; None if no name fits.
 
-    An index says which file has each tensor. The result is the first of these names; transformers chooses in the same
-    way:
+    It is the file with all tensors, or an index (*.index.json), which says which file has each tensor. The result is
+    the first of these names; transformers chooses in the same way:
 
     1. The name that the config has under `transformers_weights`, even if the checkpoint has no such file.
     2. model.safetensors, if the checkpoint has it, unless the index lists it as one of several shards.
@@ -135,10 +135,10 @@ def _file(path: Path, name: str, said_by: str) -> dict[str, Entry]:
 
 
 def _shards(path: Path, index: str) -> Found:
-    """A Found with all tensors of the files that an index names, even tensors that the index does not list.
+    """A Found with all tensors of the files that an index names.
 
-    index: name of the index file. Raises CheckpointError if a file is missing, or if two files have different tensors
-    of the same name.
+    It also has the tensors of these files that the index does not list. index: name of the index file. Raises
+    CheckpointError if a file is missing, or if two files have different tensors of the same name.
     """
     if not (path / index).exists():
         raise CheckpointError(f"{path / 'config.json'} names the index {index}, which is missing; download it")
@@ -203,9 +203,9 @@ def _only_file(path: Path) -> Found:
 
 
 def not_a_model(name: str) -> str:
-    """Returns a text that says what a safetensors file holds, such as "a LoRA adapter"; "" for a usual model file.
+    """Returns what a safetensors file called `name` seems to hold, such as "a LoRA adapter".
 
-    The file is judged only by its name.
+    "" for a usual model file. The file is judged only by its name.
     """
     for start, what in (
         ("consolidated", "the model in Mistral's own layout"), ("adapter_", "a LoRA adapter"),

@@ -106,9 +106,10 @@ class Architecture:
         return replace(self, names=names, variants={})
 
     def name(self, part: str) -> str | None:
-        """The name in transformers, without .weight, of a tensor; None if the tensor is not known.
+        """The name in transformers of a tensor in a GGUF file; None if the tensor is not known.
 
-        part: name of the tensor in llama.cpp, such as attn_q, which gives self_attn.q_proj.
+        For example, attn_q gives self_attn.q_proj. The result is without .weight. part: name of the tensor in
+        llama.cpp.
         """
         return self.names.get(part) or COMMON.get(part)
 
@@ -160,7 +161,7 @@ SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction=
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The names of tensors inside a module: a copy of the dict `names` with "NAME." in front of each value.
+    """A copy of the dict `names` for tensors inside a module: each value begins with the module's name and a dot.
 
     names: {name in llama.cpp: name in transformers}. name: name of the module.
     """

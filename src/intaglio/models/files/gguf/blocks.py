@@ -221,30 +221,30 @@ def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callabl
 
 
 def _iq2_xxs(b: np.ndarray) -> np.ndarray:
-    """The scales in IQ2_XXS blocks: d * (1/2 + s) / 4, one for each run of 32 values. Float32 [rows, blocks, 8].
+    """The scales in IQ2_XXS blocks, one for each run of 32 values: float32 [rows, blocks, 8].
 
-    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is the top 4
-    bits of the second 32-bit word of a run.
+    A scale is d * (1/2 + s) / 4. d is the f16 number at the beginning of a block. s is the top 4 bits of the second
+    32-bit word of a run. b: blocks, uint8 [rows, blocks, bytes of a block].
     """
     s = _words(b[..., 2:], np.uint32)[..., 1::2] >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.25)
 
 
 def _iq3_xxs(b: np.ndarray) -> np.ndarray:
-    """The scales in IQ3_XXS blocks: d * (1/2 + s) / 2, one for each run of 32 values. Float32 [rows, blocks, 8].
+    """The scales in IQ3_XXS blocks, one for each run of 32 values: float32 [rows, blocks, 8].
 
-    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is the top 4
-    bits of a run's 32-bit word; these words follow the 64 bytes of indices.
+    A scale is d * (1/2 + s) / 2. d is the f16 number at the beginning of a block. s is the top 4 bits of a run's 32-bit
+    word; these words follow the 64 bytes of indices. b: blocks, uint8 [rows, blocks, bytes of a block].
     """
     s = _words(b[..., 66:], np.uint32) >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.5)
 
 
 def _iq3_s(b: np.ndarray) -> np.ndarray:
-    """The scales in IQ3_S blocks: d * (1 + 2 s), one for each run of 32 values. Float32 [rows, blocks, 8].
+    """The scales in IQ3_S blocks, one for each run of 32 values: float32 [rows, blocks, 8].
 
-    b: blocks, uint8 [rows, blocks, bytes of a block]. d is the f16 number at the beginning of a block. s is a run's 4
-    bits in the last 4 bytes of the block.
+    A scale is d * (1 + 2 s). d is the f16 number at the beginning of a block. s is a run's 4 bits in the last 4 bytes
+    of the block. b: blocks, uint8 [rows, blocks, bytes of a block].
     """
     s = np.stack([b[..., 106:110] & 15, b[..., 106:110] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32))
