@@ -1,4 +1,5 @@
-// Wire formats (f32, bf16, f16) of values sent between ranks: encoding, decoding, rounding; and parts of a Block.
+// Wire formats (f32, bf16, f16) of values sent between ranks: encoding, decoding and rounding them; and functions that round, copy or
+// divide a Block, the matrix in memory that a collective sends.
 #pragma once
 #include <algorithm>
 #include <bit>

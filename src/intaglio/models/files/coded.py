@@ -239,13 +239,13 @@ def run_within(columns: int, block: int) -> int:
 
 
 def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Makes one scale per group of columns from one scale per block. Returns an array [N, K / group].
+    """Returns the scales of a matrix [N, K] as an array [N, K / group]: for each row, one scale per group of columns.
 
-    The scale of a block is repeated for each group in the block.
+    The file has one scale for each block of the flattened matrix. It is repeated for each group in the block.
 
     Args:
-        values: one scale (or zero) for each block of consecutive values of the flattened matrix, in order.
-        block: number of values in a block.
+        values: the scales (or zeros) of the blocks, in order.
+        block: number of consecutive values of the flattened matrix in a block.
         group: number of columns in a group; it must divide `block` and K, see run_within().
         shape: (N, K) of the matrix.
     """

@@ -400,9 +400,9 @@ class CollectiveBuilder:
     def buffer(self, rows: int, cols: int, format: str) -> Region:
         """Returns the SRAM tile to write next, a Region [rows, cols] in the number format `format`.
 
-        `rows` and `cols` must not exceed self.tile. While one ChunkTile is processed, each call returns another tile.
-        For each of these calls two tiles exist, and successive ChunkTiles use them in turn. So one ChunkTile can still
-        be stored while the next is processed.
+        The calls for one ChunkTile all return different tiles. The calls for the next ChunkTile return a second set of
+        tiles, those for the one after it the first set again. So a ChunkTile can still be stored while the next is
+        processed. `rows` and `cols` must not exceed self.tile.
         """
         self.used += 1
         key = self.used, format

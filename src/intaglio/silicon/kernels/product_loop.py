@@ -206,7 +206,10 @@ class _Loop:
             heapq.heappush(self.alarms, (alarm, self.number, core))
 
     def multiply(self, core: _Cores) -> bool:
-        """Append to core.products the end times of the matmuls that are known by now. Returns True if there are any."""
+        """Append to core.products the end time of each matmul whose end time has become known.
+
+        Returns True if at least one end time was appended.
+        """
         before, products, accs = len(core.products), core.products, self.cut.at_once * self.cut.banks
         while len(products) < len(core.visible):
             step = core.of.steps[len(products)]

@@ -102,8 +102,8 @@ class RowsKernel(ChipKernel):
     def columns(self) -> tuple[int, ...]:
         """Returns the widths of the SRAM tiles that a core needs to process one row, as a tuple of ints.
 
-        A width is a number of FP32 values. The tuple of the base class has self.width once for each operand, and at
-        least twice.
+        A width is a number of FP32 values. Unless a subclass overrides this, there is one tile of self.width values for
+        each operand, and at least two tiles.
         """
         return (self.width,) * max(2, self.operands)
 
