@@ -93,10 +93,11 @@ class Case:
         return out | {name: None if name == "tiles" else getattr(facts, name) for name in FACTS[self.op]}
 
     def record(self, values: Mapping[str, Any], head_dims: tuple[int, int] = ANY_WIDTH) -> KernelRecord:
-        """Returns a KernelRecord (description of one kernel) for the kernel and the number format of this case's rows.
+        """Returns a KernelRecord (description of one kernel) for the kernel and number format measured in this case.
 
         Args:
-            values: {field: value}. A field with the value None is left out, so that the library's own value holds.
+            values: {field: value} of the record. A field with the value None is left out of the record, so the kernel
+                has the value of its library.
             head_dims: least and largest head width for which the record holds.
         """
         format = FORMAT.get(dtype_of(self.rows[0]))

@@ -120,10 +120,10 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 
 
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
-    """Yield a pair (text, op) for each common porting mistake in this kind of op.
+    """Yield possible corrections of `op`, which may have been ported wrongly, as pairs (text, corrected op).
 
-    The text describes a mistake that the port may have made. The yielded op is a copy of `op` without this mistake.
-    Nothing is yielded for a kind of op that has no list of mistakes.
+    There is one pair for each common porting mistake in this kind of op. The text describes the mistake; the corrected
+    op is a copy of `op` without it. Nothing is yielded for a kind of op that has no list of mistakes.
     """
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,

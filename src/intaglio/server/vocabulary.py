@@ -1,4 +1,4 @@
-"""Text and bytes of single tokens, and their text_offset, as log-probabilities show them.
+"""How the field `logprobs` of a response shows single tokens: their text, bytes and text_offset.
 
 Output text is decoded elsewhere (Transcript).
 """

@@ -336,13 +336,15 @@ def _stored(folder: Path, first: Variant) -> str:
 
 
 def _saved_correction(checkpoint: Checkpoint, m: Mapping[str, Any]) -> str:
-    """The name of the experts' correction bias in a checkpoint, relative to the layer's block.
+    """Returns the name under which a checkpoint stores the experts' correction bias, as a str.
 
-    The names of the layer and the block before it are left out. "|v" is appended if the checkpoint stores the bias as a
-    matrix [1, N]; it tells the port to read a vector. If no tensor of the checkpoint has the last part of the name in
-    transformers, the result is the name in transformers.
+    The name begins after the names of the layer and of its block. "|v" is appended if the bias is stored as a matrix
+    [1, N]; it tells the port to read a vector. If the checkpoint has no such tensor, m["correction"] is returned.
 
-    checkpoint: a checkpoint of the tiny model. m: properties of the mixture; "correction" is the name in transformers.
+    Args:
+        checkpoint: a checkpoint of the tiny model.
+        m: properties of the mixture. "correction" is the name of the bias in transformers; the tensor in the checkpoint
+            is the one whose name ends with the same last part. "block" is the name of the block.
     """
     last = m["correction"].rpartition(".")[2]
     for name in sorted(checkpoint.names):

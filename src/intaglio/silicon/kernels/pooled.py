@@ -26,9 +26,10 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(PoolKeys)
 @dataclass(frozen=True)
 class PoolKeysKernel(ChipKernel):
-    """Chip kernel of the op `pool_keys`, which pools the rows of a run of tokens into one entry.
+    """Chip kernel of the op `pool_keys`: pools what two caches hold of a run of consecutive tokens into one entry.
 
-    A core computes one entry at a time: it gathers rows of both caches by index and pools them.
+    A core computes one entry at a time. It gathers the tokens' rows of the value cache and of the gate cache by index
+    and pools them.
 
     Attributes:
         every: number of tokens in a run.
