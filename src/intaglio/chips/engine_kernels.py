@@ -130,10 +130,11 @@ def engine_library(engine: str, base: KernelLibrary, constants: str = "") -> Ker
 
 
 def scaled(record: KernelRecord, base: KernelLibrary, lent: str) -> KernelRecord:
-    """Returns a copy of a collective's KernelRecord, with link constants converted to the chips of `base`.
+    """Returns a copy of a collective's KernelRecord whose link constants are converted for other chips.
 
-    Each constant is multiplied by the ratio of a value in `base` to the same value in the library of the generation
-    `lent`. The record itself is returned if its kernel is not a collective, or if `lent` is base.generation or "".
+    The constants were fitted on chips of the generation `lent`; those of the copy are for the chips of `base`. Each is
+    multiplied by (a value in `base`) / (the same value in the library of the generation `lent`). The record itself is
+    returned if its kernel is not a collective, or if `lent` is base.generation or "".
 
     Args:
         record: the kernel's record.

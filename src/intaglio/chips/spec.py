@@ -162,7 +162,10 @@ class ChipSpec:
 
     @property
     def l2_rate(self) -> float:
-        """Bandwidth that long streams from the L2 reach, in bytes/s. Without an L2: that of the on-chip network."""
+        """Bandwidth at which all cores together read large data from the L2, in bytes/s.
+
+        On a chip without an L2, the bandwidth of the on-chip network.
+        """
         return self.l2_bytes_per_cycle * self.clock_hz * self.constants.l2_efficiency
 
     @property

@@ -245,7 +245,7 @@ class Attend(Op, kind="attend"):
         return self.window or self.chunk
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """Returns an array with the first position that each query attends to.
+        """Returns for each query the first position that it attends to, as an array.
 
         at: the position of each query. The result has the shape of `at`.
         """

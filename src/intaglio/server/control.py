@@ -273,11 +273,11 @@ class Call:
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
     """Returns the load report of a model's engine, a dict for the router.
 
-    It has the values of engine_report(), the reason if the engine has failed, counts of the K/V tier, and the changes
-    of the K/V cache. The changes are the cache's events (blocks gained or lost) with numbers above `after`. The dict
-    has a snapshot of all blocks instead if `incarnation` is not the id of the engine's present cache, or if the engine
-    no longer keeps these events. If the engine does not answer within ENGINE_WAIT seconds, the dict has neither events
-    nor a snapshot.
+    It has the engine's queue and pace (see engine_report()), the reason if the engine has failed, counts of the K/V
+    tier, and the changes of the K/V cache. The changes are the cache's events (blocks gained or lost) with numbers
+    above `after`. The dict has a snapshot of all blocks instead if `incarnation` is not the id of the engine's present
+    cache, or if the engine no longer keeps these events. If the engine does not answer within ENGINE_WAIT seconds, the
+    dict has neither events nor a snapshot.
 
     Args:
         model: the model.

@@ -161,7 +161,7 @@ class TextPart(Body):
 
 
 class RefusalPart(Body):
-    """One part of a message's content: the text with which the model refused to answer."""
+    """Part of an assistant message's content: the text in which the model declined to answer."""
 
     type: Literal["refusal"]
     refusal: str

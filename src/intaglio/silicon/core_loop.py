@@ -282,13 +282,11 @@ class _Steps:
         drained = list[float]()  # when the lanes had read the accumulator of each step
         for i, step in enumerate(self.steps):
             if step.early_s:
-                while len(self.early) <= i:
-                    yield None
-                lanes = max(lanes, self.early[i]) + step.early_s
-            while len(self.loaded) <= i or len(self.stored) <= i - self.depth:
-                yield None
-            array = max(array, self.loaded[i], drained[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
-            lanes = max(lanes, array, self.stored[i - self.depth] if i >= self.depth else 0.0)
+                lanes = max(lanes, (yield from until(self.early, i))) + step.early_s
+            loaded = yield from until(self.loaded, i)
+            stored = yield from until(self.stored, i - self.depth)
+            array = max(array, loaded, drained[i - 2] if step.array_s and i >= 2 else 0.0) + step.array_s
+            lanes = max(lanes, array, stored)
             drained.append(lanes + (step.drain_s or step.lanes_s))
             lanes += step.lanes_s
             self.freed.append(array if step.array_s else lanes)
@@ -298,9 +296,7 @@ class _Steps:
         """Yield each store of the core as a Transfer. Yields None while the next store waits for the computation."""
         now = 0.0
         for i, step in enumerate(self.steps):
-            while len(self.computed) <= i:
-                yield None
-            now = max(now, self.computed[i])
+            now = max(now, (yield from until(self.computed, i)))
             for move in step.stores:
                 x = Transfer(now, move.bytes, move.place, writes=True, lines=move.lines)
                 yield x

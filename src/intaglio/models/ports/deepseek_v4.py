@@ -170,7 +170,7 @@ def rope(c: Config, which: str, context: int) -> Table:
 
 
 def released_names(d: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> Decoder:
-    """Returns the Decoder `d`, adapted to the names that a checkpoint gives to the tensors outside the layers.
+    """Returns the Decoder with the tensor names that a checkpoint has outside the layers.
 
     The embedding, the output head and the weights that join the residual streams have two possible names each. For
     example, the embedding is embed.weight in released checkpoints, and embed_tokens.weight in checkpoints saved by

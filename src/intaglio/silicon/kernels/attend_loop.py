@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from intaglio.chips import KernelLibrary, Target
-from intaglio.silicon.core_loop import CoreLoop, Program, TilesInL2, Transfer
+from intaglio.silicon.core_loop import CoreLoop, Program, TilesInL2, Transfer, until
 from intaglio.silicon.kernels.attend_tiles import LISTED, AttendPlan, deal, decode_keys, tile_seconds
 from intaglio.silicon.kernels.kernel import WIDE
 from intaglio.silicon.kernels.kv_write import Heads
@@ -143,9 +143,7 @@ class _Loop:
             reused = number - plan.held  # the job whose tiles of queries and results this job takes
             if plan.ahead or not number % plan.lanes:  # sums of one job, or of all that start together
                 last = reused if plan.ahead else number - 1
-                while len(freed) <= last:
-                    yield None
-                now = max(now, freed[last] if last >= 0 else 0.0) + t.fill * (1 if plan.ahead else plan.lanes)
+                now = max(now, (yield from until(freed, last))) + t.fill * (1 if plan.ahead else plan.lanes)
             if number < plan.held:
                 now += t.blank
             visible = max(visible, now)
@@ -158,19 +156,16 @@ class _Loop:
                 yield x
                 now, index = x.end, max(visible, x.visible)
                 visible = index
-            while len(c.queries) <= reused:
-                yield None
-            start = max(now, c.queries[reused] if reused >= 0 else 0.0, index if self.single else 0.0)
+            start = max(now, (yield from until(c.queries, reused)), index if self.single else 0.0)
             x = Transfer(start, self.query_bytes(job), None if self.single else ("queries", name))
             yield x
             now, visible = x.end, max(visible, x.visible)
             c.begun.append(visible)
             for low in range(job.low, job.high, plan.keys):
-                while len(c.tiles) <= tile - plan.depth:
-                    yield None
+                overwritable = yield from until(c.tiles, tile - plan.depth)
                 keys = min(plan.keys, job.high - low)
                 blank = (plan.keys - keys) * (h.head_dim + h.v_dim) * value_bytes  # after the last key, set to 0
-                now = max(now, c.tiles[tile - plan.depth] if tile >= plan.depth else 0.0)
+                now = max(now, overwritable)
                 now += blank / chip.sram_bytes_per_cycle / chip.clock_hz
                 for width, only_key in self.columns:
                     x = Transfer(now, keys * width * value_bytes, (job.sequence, job.kv_head, low, only_key))
@@ -184,9 +179,7 @@ class _Loop:
         plan, t, array, lanes, tile = self.plan, self.t, 0.0, 0.0, 0
         for number, (_, job) in enumerate(c.jobs):
             for _ in range(job.low, job.high, plan.keys):
-                while len(c.loaded) <= tile:
-                    yield None
-                start = max(array, c.loaded[tile])
+                start = max(array, (yield from until(c.loaded, tile)))
                 if self.chip.att_lanes:
                     array = scored = start + t.work
                 else:
@@ -197,10 +190,7 @@ class _Loop:
                 tile += 1
             c.queries.append(scored)
             if not self.split:
-                reused = number - plan.held
-                while len(c.results) <= reused:
-                    yield None
-                free = c.results[reused] if reused >= 0 else 0.0
+                free = yield from until(c.results, number - plan.held)
                 lanes = max(lanes, array, free) + t.merge * job.queries * plan.pack / plan.rows
             c.sums.append(array if self.split else lanes)
 
@@ -209,11 +199,10 @@ class _Loop:
         scattered, now = not self.single and not self.plan.ahead, 0.0
         columns = self.h.v_dim + 2 * self.split  # with maxima and denominators
         for number, (name, job) in enumerate(c.jobs):
-            while len(c.sums) <= number:
-                yield None
+            ready = yield from until(c.sums, number)
             size = job.queries * self.plan.pack * columns * WIDE
             place = None if scattered else ("results", name)
-            x = Transfer(max(now, c.sums[number]), size, place, writes=True)
+            x = Transfer(max(now, ready), size, place, writes=True)
             yield x
             now = x.end
             c.results.append(now)

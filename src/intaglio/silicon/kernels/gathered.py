@@ -14,7 +14,7 @@ from typing import Any
 from intaglio.chips import Target
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
-from intaglio.silicon.core_loop import CoreLoop, Program, TilesInL2, Transfer
+from intaglio.silicon.core_loop import CoreLoop, Program, TilesInL2, Transfer, until
 from intaglio.silicon.isa.cycles import exposed, matmul_cycles, softmax_cycles, vector_cycles
 from intaglio.silicon.isa.vector import map_cycles
 from intaglio.silicon.kernels.chip_memory import slices
@@ -166,22 +166,17 @@ class _Core:
                     yield x
                     now, visible = x.end, max(visible, x.visible)
                 self.listed.append(visible)
-                while len(self.queries) <= reused:
-                    yield None
-                now = max(now, self.queries[reused] if reused >= 0 else 0.0)
+                now = max(now, (yield from until(self.queries, reused)))
                 x = Transfer(now, 4.0 * plan.rows * plan.d, ("queries", *job.place))
                 yield x
                 now, visible = x.end, max(visible, x.visible)
             if number < 0:
                 continue
-            while len(self.sums) <= number - 2 or len(self.located) <= number:
-                yield None
-            now = max(now, self.sums[number - 2] if number >= 2 else 0.0)
+            now = max(now, (yield from until(self.sums, number - 2)))
+            located = yield from until(self.located, number)
             now += 4.0 * plan.rows * (plan.dv + 2) / chip.sram_bytes_per_cycle / chip.clock_hz
             for n, _ in self.jobs[number].tiles:
-                while len(self.multiplied) <= tiles - 2:
-                    yield None
-                now = max(now, self.located[number], self.multiplied[tiles - 2] if tiles >= 2 else 0.0)
+                now = max(now, located, (yield from until(self.multiplied, tiles - 2)))
                 for width in plan.gathered:
                     x = Transfer(now, n * width * plan.bits / 8)
                     yield x
@@ -199,27 +194,23 @@ class _Core:
         tiles, hz = 0, chip.clock_hz
         for number in range(-1, len(self.jobs)):
             if number + 1 < len(self.jobs):
-                while len(self.listed) <= number + 1:
-                    yield None
-                if self.jobs[number + 1].prepare:
-                    lanes = max(lanes, self.listed[number + 1]) + self.jobs[number + 1].prepare / hz
-                self.located.append(max(self.listed[number + 1], lanes * bool(self.jobs[number + 1].prepare)))
+                listed, prepare = (yield from until(self.listed, number + 1)), self.jobs[number + 1].prepare
+                if prepare:
+                    lanes = max(lanes, listed) + prepare / hz
+                self.located.append(max(listed, lanes * bool(prepare)))
             if number < 0:
                 continue
             for n, masked in self.jobs[number].tiles:
-                while len(self.gathered) <= tiles:
-                    yield None
+                gathered = yield from until(self.gathered, tiles)
                 softmax = softmax_cycles(chip, rows * n) + vector_cycles(chip, rows * plan.dv)
                 cycles = map_cycles(chip, ADDED, rows * n) * masked + exposed(on, float(softmax))
-                scored = max(array, self.gathered[tiles]) + float(matmul_cycles(on, rows, n, plan.d, "f32")) / hz
+                scored = max(array, gathered) + float(matmul_cycles(on, rows, n, plan.d, "f32")) / hz
                 lanes = max(lanes, scored) + cycles / hz
                 array = lanes + float(matmul_cycles(on, rows, plan.dv, n, "f32")) / hz
                 self.multiplied.append(array)
                 tiles += 1
             self.queries.append(scored)
-            while len(self.results) <= number - 2:
-                yield None
-            free = self.results[number - 2] if number >= 2 else 0.0
+            free = yield from until(self.results, number - 2)
             lanes = max(lanes, array, free) + float(vector_cycles(chip, 2 * rows * plan.dv, rows)) / hz
             self.sums.append(lanes)
 
@@ -227,9 +218,7 @@ class _Core:
         """Yields a Transfer for each store of a result, in order, and None while it waits for a result."""
         now, size = 0.0, 4.0 * self.plan.rows * self.plan.dv
         for number, job in enumerate(self.jobs):
-            while len(self.sums) <= number:
-                yield None
-            x = Transfer(max(now, self.sums[number]), size, ("results", *job.place), writes=True)
+            x = Transfer(max(now, (yield from until(self.sums, number))), size, ("results", *job.place), writes=True)
             yield x
             now = x.end
             self.results.append(now)

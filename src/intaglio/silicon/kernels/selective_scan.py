@@ -10,11 +10,12 @@ from intaglio.chips import ChipSpec
 from intaglio.ops import SelectiveScan
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
+from intaglio.silicon.core_loop import Move
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.isa.vector import SCALED, map_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.sequences import BLOCK, SequenceKernel
+from intaglio.silicon.kernels.sequences import BLOCK, SequenceKernel, by_columns
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Stream, StreamBuilder
 
@@ -34,8 +35,7 @@ class SelectiveScanKernel(SequenceKernel):
     @classmethod
     def of(cls, op: SelectiveScan, t: Tensors) -> Self:  # type: ignore[override]
         width, n = (int(d) for d in t[op.rate].shape)
-        sizes = {"width": width, "operands": 2, "vectors": n + 1, "state_rows": n, "cold": n, "shared": 2 * n}
-        return cls.made(op, t, **sizes, transposed=True)
+        return cls.made(op, t, width=width, operands=2, vectors=n + 1, state_rows=n, cold=n, shared=2 * n)
 
     def cycles(self, chip: ChipSpec, rows: float, columns: float) -> float:
         values, states = rows * columns, rows * columns * self.state_rows
@@ -45,6 +45,9 @@ class SelectiveScanKernel(SequenceKernel):
 
     def first_cycles(self, chip: ChipSpec, columns: float) -> float:
         return map_cycles(chip, RATE, self.state_rows * columns)
+
+    def state_moves(self, columns: slice, sequence: int, which: str) -> list[Move]:
+        return by_columns(columns.stop - columns.start, self.state_rows, (which, sequence, columns.start))
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: SelectiveScan, t: Tensors, batch: Batch) -> list[Stream]:

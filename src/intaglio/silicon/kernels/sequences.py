@@ -68,7 +68,6 @@ class SequenceKernel(WorkKernel):
         cold: how many of `vectors` are values of a weight with several rows. The L2 does not have these values yet, so
             they are loaded from HBM.
         shared: number of values of a row that every job of a sequence loads, whatever the job's columns are.
-        transposed: True if the state is stored in HBM as [width, state_rows].
     """
 
     width: int
@@ -78,7 +77,6 @@ class SequenceKernel(WorkKernel):
     overlap: int = 0
     cold: int = 0
     shared: int = 0
-    transposed: bool = False
 
     @classmethod
     def made(cls, op: Op, t: Tensors, **fields: Any) -> Self:
@@ -220,14 +218,13 @@ class SequenceKernel(WorkKernel):
     def state_moves(self, columns: slice, sequence: int, which: str) -> list[Move]:
         """Returns a list of the Moves (loads or stores) that transfer a job's part of a sequence's state.
 
-        In HBM the states of all sequences are stored one after the other.
+        In HBM the states of all sequences are stored one after the other. A kernel whose state is not stored as
+        [state_rows, width] overrides this or state_starts().
 
         columns: the job's columns. sequence: number of the sequence. which: name for the L2 model, "state" for the
         state before the step, "new state" for the state after it.
         """
         n, place = columns.stop - columns.start, (which, sequence, columns.start)
-        if self.transposed:
-            return by_columns(n, self.state_rows, place)
         inner, edges = 0, list[Hashable]()
         for start in self.state_starts(columns, sequence):
             first, last = start // LINE, (start + 4 * n - 1) // LINE
